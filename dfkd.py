@@ -1,0 +1,618 @@
+"""Data-free knowledge distillation: teach a small network what a trained one knows, without any data.
+
+    python dfkd.py --method rdskd                                        # digits drawn here, three minutes on a CPU
+    python dfkd.py --method rdskd --dataset mnist --schedule paper       # the authors' own schedule
+    python dfkd.py --method rdskd --dataset mnist --teacher FILE --no-eval   # a teacher and nothing else
+
+The order of this file: schedules, the distillation loops, teachers, the run (evaluation, checkpoints, results), the
+command line. The losses are in generators.py, the networks in models.py, the real images in data.py; the loops get
+a teacher and no data.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import generators
+import models
+
+# ---------------------------------------------------------------- schedules
+
+EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch
+
+# Every number of a method, as flags without their dashes; a flag on the command line overrides it.
+# `default` is ours: minutes on two CPU cores. `paper` is the authors' own (for RDSKD, the MNIST column).
+SCHEDULES = {
+    "rdskd": {
+        "default": dict(
+            batch=128, latent=100, width=48, generator_steps=1500, generator_lr=1e-3,
+            steps=8000, student_lr=2e-3, student_decay="cosine", temperature=10.0, eval_every=320,
+        ),
+        "paper": dict(
+            batch=512, latent=100, width=128, generator_steps=20 * EPOCH, generator_lr=1e-3,
+            steps=1000 * EPOCH, student_lr=2e-3, student_decay="none", temperature=10.0, eval_every=10 * EPOCH,
+        ),
+    },
+}  # fmt: skip
+
+TEACHERS = {"glyphs": "lenet5", "mnist": "lenet5"}
+STUDENTS = {"lenet5": "lenet5_half"}
+TEACHER_EPOCHS = {"glyphs": 4, "mnist": 10}
+TEACHER_LR, TEACHER_BATCH = 3e-3, 128
+
+
+class RunError(Exception):
+    """The run cannot go on: the message is the one line that the user sees."""
+
+
+# ---------------------------------------------------------------- distillation: a teacher, and no data
+
+
+def rdskd(args, teacher, student, run):
+    """RDSKD [C]: train G alone on its objective; freeze it; train S on fresh images from it."""
+    G = generator(args)
+    optimiser_G = adam(G, args.generator_lr)
+    optimiser_S = adam(student, args.student_lr)
+    decay_S = decay(optimiser_S, args)
+    run.track(G=G, student=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S)
+    run.samples = lambda: samples(G, args)
+    reference = run.state.setdefault("reference", torch.zeros(2, device=args.device))  # L_oh', L_ie' start at 0 [C]
+
+    for step in run.steps("generator", args.generator_steps):
+        x = G(latents(args))
+        t = teacher(x)
+        L_oh, L_ie = generators.one_hot_loss(t), generators.information_entropy_loss(t)
+        L_G = generators.rdskd_loss(x, t, reference)
+        minimise(L_G, optimiser_G)
+        if step % EPOCH == 1:  # renewed once per epoch, at its second iteration [C, as we read it]
+            reference.copy_(torch.stack([L_oh, L_ie]).detach())
+        run.log(L_G=L_G, L_oh=L_oh, L_ie=L_ie, L_ds=generators.diversity_seeking_loss(x, t))
+
+    G.eval()
+    for _ in run.steps("student", args.steps, evaluate=True):
+        with torch.no_grad():
+            x = G(latents(args))
+            t = teacher(x)
+        L_kd = generators.distillation_loss(student(x), t, args.temperature)
+        minimise(L_kd, optimiser_S)
+        decay_S.step()
+        run.log(L_kd=L_kd)
+
+
+METHODS = {"rdskd": rdskd}
+
+
+def generator(args):
+    info = data.INFO[args.dataset]
+    G = generators.Generator(args.latent, info.channels, width=args.width).to(args.device)
+    return in_precision(G.to(memory_format=torch.channels_last), args)
+
+
+def latents(args):
+    """z ~ N(0, I), (B, d)."""
+    return torch.randn(args.batch, args.latent, device=args.device)
+
+
+@torch.no_grad()
+def samples(G, args):
+    """64 images of G in eval mode, always from the same latents; the random state of the run is left alone."""
+    z = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(0)).to(args.device)
+    training = G.training
+    G.eval()
+    x = G(z)
+    G.train(training)
+    return x
+
+
+def adam(net, lr):
+    return torch.optim.Adam(net.parameters(), lr, fused=True)
+
+
+def decay(optimiser, args):
+    """The student's learning rate over its steps: constant, or a half cosine down to 0."""
+    if args.student_decay == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
+
+
+def minimise(loss, optimiser):
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def in_precision(net, args):
+    """Let `net` compute in bfloat16 where --precision says so. Losses stay in float32: networks return float32."""
+    if args.precision == "bf16":
+        net.forward = torch.autocast(torch.device(args.device).type, torch.bfloat16)(net.forward)
+    return net
+
+
+# ---------------------------------------------------------------- teachers: trained here once, or given
+
+
+def build(arch, args):
+    """A classifier for the data set. LeNets stay in float32: they are too small to gain from less, as measured."""
+    info = data.INFO[args.dataset]
+    net = models.build(arch, info.classes, info.channels).to(args.device, memory_format=torch.channels_last)
+    return net if arch.startswith("lenet5") else in_precision(net, args)
+
+
+def load_teacher(args, real):
+    """The teacher of --teacher FILE; else the one saved for these settings before; else a new one, saved."""
+    if args.teacher:
+        teacher = load_weights(Path(args.teacher), args)
+    else:
+        settings = dict(
+            dataset=args.dataset, data=zlib.crc32(real.train_images.numpy()), arch=args.teacher_arch,
+            epochs=args.teacher_epochs, lr=TEACHER_LR, batch=TEACHER_BATCH, seed=args.teacher_seed,
+            precision=args.precision, device=torch.device(args.device).type, threads=args.threads,
+        )  # fmt: skip
+        digest = zlib.crc32(json.dumps(settings).encode())
+        path = Path(args.teacher_dir) / f"{args.dataset}-{args.teacher_arch}-{digest:08x}.pt"
+        if path.exists():
+            teacher = load_weights(path, args)
+            print(f"teacher    {args.teacher_arch}, trained before: {path}")
+        else:
+            teacher = train_teacher(real, args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, serialise(teacher.state_dict()))
+            print(f"teacher    {args.teacher_arch}, saved for later runs: {path}")
+    return teacher.eval().requires_grad_(False)
+
+
+def load_weights(path, args):
+    """The teacher whose state dict is in file `path`; RunError says in one line why it does not fit."""
+    weights = load_file(path)
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise RunError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
+    net = build(args.teacher_arch, args)
+    expected = net.state_dict()
+    odd = next((k for k in {**expected, **weights} if (k in expected) != (k in weights)), None)
+    wrong = next((k for k in expected if k in weights and weights[k].shape != expected[k].shape), None)
+    what = f"{path}: not a {args.teacher_arch} with {data.INFO[args.dataset].classes} classes"
+    if odd is not None:
+        raise RunError(f"{what}: '{odd}' is only in the {'network' if odd in expected else 'file'}; see --teacher-arch")
+    if wrong is not None:
+        shapes = (tuple(weights[wrong].shape), tuple(expected[wrong].shape))
+        raise RunError(f"{what}: '{wrong}' has shape {shapes[0]}, expected {shapes[1]}; see --teacher-arch")
+    bad = next((k for k, v in weights.items() if not v.isfinite().all()), None)
+    if bad is not None:
+        raise RunError(f"{path}: '{bad}' holds NaN or infinity; train the teacher again")
+    net.load_state_dict(weights)
+    return net
+
+
+def train_teacher(real, args):
+    """A teacher trained by cross-entropy on the real training images: Adam, one learning-rate cycle."""
+    torch.manual_seed(args.teacher_seed)
+    net = build(args.teacher_arch, args)
+    optimiser = adam(net, TEACHER_LR)
+    count, begun = len(real.train_labels), time.perf_counter()
+    per_epoch = count // TEACHER_BATCH
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, TEACHER_LR, args.teacher_epochs * per_epoch)
+    for epoch in range(1, args.teacher_epochs + 1):
+        order = torch.randperm(count)[: per_epoch * TEACHER_BATCH]
+        for index in order.split(TEACHER_BATCH):
+            x = data.normalise(real.train_images[index].to(args.device), args.dataset)
+            loss = F.cross_entropy(net(x), real.train_labels[index].to(args.device))
+            minimise(loss, optimiser)
+            cycle.step()
+        eta = (time.perf_counter() - begun) / epoch * (args.teacher_epochs - epoch)
+        show(f"teacher    {epoch}/{args.teacher_epochs} epochs  loss {loss.item():.4g}  eta {clock(eta)}", True)
+    return net
+
+
+@torch.no_grad()
+def accuracy(net, images, labels, args):
+    """Percent of images that `net` classifies as labelled; the network's mode is kept."""
+    training = net.training
+    net.eval()
+    right = 0
+    for x, y in zip(images.split(2000), labels.split(2000)):
+        right += (net(data.normalise(x.to(args.device), args.dataset)).argmax(1) == y.to(args.device)).sum()
+    net.train(training)
+    return 100 * right.item() / len(labels)
+
+
+# ---------------------------------------------------------------- the run: progress, evaluation, checkpoints, results
+
+
+class Run:
+    """One run's folder: `for step in run.steps(...)` reports, evaluates and saves between the steps of a loop."""
+
+    def __init__(self, args, evaluate):
+        self.args, self.out, self.evaluate = args, Path(args.out), evaluate
+        self.position, self.rows, self.state = {}, [], {}
+        self.objects, self.terms, self.samples = {}, [], None
+        self.saved, self.begun = {}, time.perf_counter()
+        if args.resume and (self.out / "checkpoint.pt").exists():
+            self.saved = load_file(self.out / "checkpoint.pt")
+            self.check_arguments(self.saved["args"])
+            self.position, self.rows, self.state = (self.saved[k] for k in ("position", "rows", "state"))
+            self.begun -= self.saved["seconds"]
+
+    def check_arguments(self, before):
+        now = numbers_of(self.args)
+        changed = sorted(k for k in {**now, **before} if now.get(k) != before.get(k))
+        if changed:
+            k = changed[0]
+            flag = f"--{k.replace('_', '-')}"
+            raise RunError(f"{self.out}: began with {flag} {before.get(k)}, now {now.get(k)}; give the same arguments")
+
+    def track(self, **objects):
+        """Name everything with a state_dict that a checkpoint must hold; a resumed run gets it back here."""
+        self.objects = objects
+        if self.saved:
+            for name, thing in objects.items():
+                thing.load_state_dict(self.saved["objects"][name])
+            set_random_state(self.saved["random"])
+
+    def log(self, **terms):
+        """Note the loss terms of a step; nothing waits for the device here."""
+        self.names = list(terms)
+        self.terms.append(torch.stack([v.detach() for v in terms.values()]))
+
+    def steps(self, stage, count, evaluate=False):
+        """Yield the numbers of a stage's steps, from where a resumed run left off."""
+        every = self.args.eval_every if evaluate else -(-count // 20)
+        first = self.position.get(stage, 0)
+        begun = shown = time.perf_counter()
+        patience = 0.5 if sys.stdout.isatty() else 15
+        for step in range(first, count):
+            yield step
+            done, now = step + 1, time.perf_counter()
+            pause = done % every == 0 or done == count
+            row = self.pause(stage, done, evaluate) if pause else None
+            if pause or now - shown > patience:
+                shown = now
+                rate = (done - first) / (now - begun)
+                values = row or dict(zip(self.names, self.terms[-1].tolist()))
+                text = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in ("step", "seconds") and v is not None)
+                show(f"{stage:<10} {done}/{count}  {text}  {rate:.1f} step/s  eta {clock((count - done) / rate)}", pause)
+
+    def pause(self, stage, done, evaluate):
+        """Check the losses since the last pause, evaluate the student, save."""
+        values = torch.stack(self.terms).cpu()
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            step, term = bad[0].tolist()
+            raise RunError(f"{self.names[term]} became {values[step, term]:.3g} at {stage} step {done - len(values) + step + 1}; "
+                           f"the last good checkpoint is kept; try a lower learning rate")  # fmt: skip
+        row = dict(step=done, accuracy=self.evaluate() if evaluate else None)
+        row.update(zip(self.names, values.double().mean(0).tolist()), seconds=round(self.seconds(), 1))
+        self.terms = []
+        self.position[stage] = done
+        if evaluate:
+            self.rows.append(row)
+            write(self.out / "metrics.csv", table(self.rows))
+        if self.samples:
+            write(self.out / "samples.png", self.picture())
+        checkpoint = dict(args=numbers_of(self.args), position=self.position, rows=self.rows, state=self.state)
+        checkpoint.update(seconds=self.seconds(), random=random_state())
+        checkpoint["objects"] = {name: thing.state_dict() for name, thing in self.objects.items()}
+        write(self.out / "checkpoint.pt", serialise(checkpoint))
+        return row
+
+    def seconds(self):
+        return time.perf_counter() - self.begun
+
+    def picture(self):
+        x = self.samples()
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.INFO[self.args.dataset][2:])
+        return png((x.float().cpu() * std + mean).clamp(0, 1))
+
+    def finish(self, teacher_accuracy, replay_bytes=0):
+        """Write student.pt and, last of all, result.json; return the result."""
+        args = self.args
+        curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
+        result = dict(
+            method=args.method, dataset=args.dataset, teacher=args.teacher_arch, student=args.student_arch,
+            seed=args.seed, steps=args.steps, teacher_accuracy=teacher_accuracy,
+            accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
+            accuracy_mean=statistics.fmean(curve) if curve else None,
+            accuracy_variance=statistics.pvariance(curve) if curve else None,
+            replay_bytes=replay_bytes, seconds=round(self.seconds(), 1), args=vars(args),
+            torch_version=torch.__version__, git_commit=git_commit(),
+        )  # fmt: skip
+        write(self.out / "student.pt", serialise(self.objects["student"].state_dict()))
+        write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        return result
+
+
+# What decides where things are and not what the numbers become: a resumed run may differ in these.
+PLACES = ("out", "resume", "data_dir", "teacher_dir")
+
+
+def numbers_of(args):
+    return {k: v for k, v in vars(args).items() if k not in PLACES}
+
+
+def random_state():
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(cpu=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def serialise(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()
+
+
+def load_file(path):
+    """What torch.save wrote to `path`: tensors and plain values only, no pickled code is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception:  # torch.load raises whatever the damaged bytes lead to
+        raise RunError(f"{path}: not a PyTorch file of plain tensors, or a damaged one") from None
+
+
+def write(path, content):
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def table(rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def png(images, columns=8):
+    """Images in [0, 1], (N, C, H, W) with C = 1 or 3, as the bytes of one PNG picture with a grid of them."""
+    n, channels, height, width = images.shape
+    grid = images[: n // columns * columns].unflatten(0, (-1, columns))  # (rows, columns, C, H, W)
+    pixels = (grid.permute(0, 3, 1, 4, 2) * 255).round().byte().reshape(-1, columns * width * channels)
+    lines = F.pad(pixels, (1, 0)).numpy().tobytes()  # each line begins with its filter type, 0
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", columns * width, len(pixels), 8, 0 if channels == 1 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def show(line, keep):
+    """Print a progress line; on a terminal, one that is not to be kept is overwritten by the next."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="\n" if keep else "", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def git_commit():
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def integer(least):
+    def parse(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small, at least {least}")
+        return value
+
+    parse.__name__ = "integer"  # argparse says "invalid integer value"
+    return parse
+
+
+def positive(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def parse(argv):
+    """The arguments, with the schedule's numbers filled in and everything `auto` decided."""
+    parser = Parser(
+        prog="dfkd.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Distil a trained teacher into a smaller student without the data it was trained on.",
+        epilog=schedules_text(),
+    )  # fmt: skip
+    add = parser.add_argument_group("what to distil").add_argument
+    add("--method", choices=METHODS, default="rdskd", help="the method (default: rdskd)")
+    add("--dataset", choices=data.INFO, default="glyphs", help="what the teacher was trained on (default: glyphs, drawn here)")
+    add("--data-dir", default="datasets", metavar="DIR", help="folder with a folder per data set; downloads go there (default: datasets)")
+    add("--teacher", metavar="FILE", help="the teacher's state dict; without it, one is trained and kept in --teacher-dir")
+    add("--teacher-arch", metavar="NAME", help=f"the teacher's network: {', '.join(models.NAMES)}, or any wrn-D-K (default: lenet5)")
+    add("--student-arch", metavar="NAME", help="the student's network, of the same names (default: lenet5_half)")
+    add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
+
+    add = parser.add_argument_group("schedule (defaults of each method: below)").add_argument
+    add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU, or the authors' own")
+    add("--steps", type=integer(1), metavar="N", help="steps of the student")
+    add("--generator-steps", type=integer(1), metavar="N", help="steps of the generator before the student's first")
+    add("--batch", type=integer(2), metavar="N", help="images per step")
+    add("--latent", type=integer(1), metavar="D", help="dimension of the generator's latents z")
+    add("--width", type=integer(2), metavar="N", help="channels of the generator's first convolution; the second has half")
+    add("--generator-lr", type=positive, metavar="LR", help="learning rate of the generator")
+    add("--student-lr", type=positive, metavar="LR", help="learning rate of the student")
+    add("--student-decay", choices=("none", "cosine"), help="the student's learning rate over its steps")
+    add("--temperature", type=positive, metavar="TAU", help="temperature of the distillation loss")
+    add("--eval-every", type=integer(1), metavar="N", help="student steps between evaluations, which are also checkpoints")
+
+    add = parser.add_argument_group("the teacher that is trained here").add_argument
+    add("--teacher-epochs", type=integer(1), metavar="N", help="epochs over the real training images (default: glyphs 4, mnist 10)")
+    add("--teacher-seed", type=integer(0), default=0, metavar="N", help="its seed (default: 0)")
+    add("--teacher-dir", default="runs/teachers", metavar="DIR", help="where trained teachers are kept (default: runs/teachers)")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--seed", type=integer(0), default=0, metavar="N", help="seed of the distillation (default: 0)")
+    add("--out", metavar="DIR", help="folder for the results (default: runs/DATASET-METHOD-SEED)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto, a GPU if there is one)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the large networks; losses are always fp32 "
+        "(default: auto, bf16 where the processor has it)")  # fmt: skip
+    add("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice); results depend on it in the last bits")
+
+    args = parser.parse_args(argv)
+    schedule = SCHEDULES[args.method][args.schedule]
+    for key, value in schedule.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
+    args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
+    args.student_arch = args.student_arch or STUDENTS.get(args.teacher_arch, args.teacher_arch)
+    args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS[args.dataset]
+    if args.no_eval and not args.teacher:
+        parser.error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
+    if args.teacher and not Path(args.teacher).is_file():
+        parser.error(f"--teacher {args.teacher}: no such file")
+    for arch in (args.teacher_arch, args.student_arch):
+        try:
+            with torch.device("meta"):
+                models.build(arch)
+        except ValueError as error:
+            parser.error(str(error))
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if args.precision == "auto":
+        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
+    args.threads = args.threads or torch.get_num_threads()
+    return args
+
+
+def fast_bf16(device):
+    """Whether the processor multiplies bfloat16 matrices in hardware; elsewhere bf16 is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def schedules_text():
+    """The schedules as the last part of --help."""
+    lines = ["schedules:"]
+    for method, of_method in SCHEDULES.items():
+        for name, schedule in of_method.items():
+            lines.append(f"  {method}, {name}")
+            lines.append("    " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in schedule.items()))
+    return "\n".join(lines)
+
+
+def prepare(out):
+    """Make the run's folder and try to write there; what an earlier run left is moved into a folder `previous-N`."""
+    out.mkdir(parents=True, exist_ok=True)
+    old = [out / name for name in FILES if (out / name).exists()]
+    if old:
+        n = next(n for n in range(1, 10_000) if not (out / f"previous-{n}").exists())
+        aside = out / f"previous-{n}"
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        print(f"{out} held an earlier run: moved into {aside}")
+    else:
+        write(out / "writable", b"?")
+        (out / "writable").unlink()
+
+
+FILES = ("result.json", "metrics.csv", "samples.png", "student.pt", "checkpoint.pt")
+
+
+def distil(args):
+    """One whole run: data for teacher and evaluation, teacher, distillation, results."""
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    out = Path(args.out)
+    if not args.resume:
+        prepare(out)
+    print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
+          f"{args.device}, {args.threads} threads, {args.precision}; results in {out}", flush=True)  # fmt: skip
+    real = None if args.no_eval else data.load(args.dataset, args.data_dir)
+    teacher = load_teacher(args, real)
+    torch.manual_seed(args.seed)
+    student = build(args.student_arch, args)
+
+    def evaluate(net):
+        return None if real is None else accuracy(net, real.test_images, real.test_labels, args)
+
+    teacher_accuracy = evaluate(teacher)
+    run = Run(args, lambda: evaluate(student))
+    METHODS[args.method](args, teacher, student, run)
+    summary(run.finish(teacher_accuracy), out)
+
+
+def summary(result, out):
+    print()
+    if result["accuracy_last"] is not None:
+        evaluations = len(range(0, result["steps"], result["args"]["eval_every"]))
+        print(f"teacher  {result['teacher']:<12} {result['teacher_accuracy']:.2f} %")
+        print(f"student  {result['student']:<12} {result['accuracy_last']:.2f} % at the last step")
+        print(f"         over all {evaluations} evaluations: mean {result['accuracy_mean']:.2f} %, "
+              f"variance {result['accuracy_variance']:.2f}, maximum {result['accuracy_max']:.2f} %")  # fmt: skip
+    print(f"time     {clock(result['seconds'])} for the distillation")
+    print(f"files    {out}/: {', '.join(FILES)}")
+
+
+def main(argv=None):
+    args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        distil(args)
+        return 0
+    except (RunError, data.DataError) as error:
+        problem, code = str(error), 1
+    except OSError as error:
+        problem, code = f"{error.filename or args.out}: {error.strerror or error}", 1
+    except torch.OutOfMemoryError:
+        problem, code = "out of GPU memory: give a smaller --batch or --width", 1
+    except KeyboardInterrupt:
+        problem, code = f"stopped; the same command with --resume goes on from {args.out}", 130
+    print(f"dfkd.py: {problem}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

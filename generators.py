@@ -1,0 +1,249 @@
+"""Image generator, generator objectives and synthesis objectives: one pure function per term of the papers.
+
+Read it with the papers beside it. Every docstring gives the formula and says where it comes from:
+    [P] the paper's text,  [C] the authors' public code,  [I] our reading where neither settles it.
+To use a term elsewhere, copy its function: it needs torch and, at most, another function named in its body.
+
+Notation (one for all papers)
+    T, S, G    teacher (frozen, eval mode), student, generator
+    z          latents (B, d), z ~ N(0, I)
+    x          images (B, C, H, W) in the teacher's normalised input space: zero mean, unit variance per channel
+    t          teacher logits (B, K);  p = softmax(t);  p_bar = mean of p over the batch
+    f          the teacher's penultimate features (B, D)
+    tau        temperature
+All losses are scalars, in nats unless said otherwise, in the precision of their inputs: give them float32 or better.
+
+References
+    RDSKD        Han, Park, Wang, Liu, ICASSP 2021       https://arxiv.org/abs/2011.03749
+    PRE-DFKD     Binici et al., AAAI 2022                https://arxiv.org/abs/2201.03019
+    Soft target  Wang, AAAI 2021                         https://arxiv.org/abs/2104.04868
+    DAFL         Chen et al., ICCV 2019                  https://arxiv.org/abs/1904.01186
+    ZSKD         Nayak et al., ICML 2019                 https://arxiv.org/abs/1905.08114
+    DeepInversion  Yin et al., CVPR 2020                 https://arxiv.org/abs/1912.08795
+    Mode seeking   Mao et al., CVPR 2019                 https://arxiv.org/abs/1903.05628
+    Distillation   Hinton, Vinyals, Dean 2015            https://arxiv.org/abs/1503.02531
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.linalg import vector_norm
+from torch.nn.utils import parametrizations
+
+# ---------------------------------------------------------------- the image generator
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """Nearest x2 upsampling followed by a 3 x 3 convolution, computed as one transposed convolution.
+
+    Upsampling repeats each pixel, so that the three taps of the convolution meet only two distinct pixels. In one
+    dimension, with kernel w and input x, collecting the taps that read the same x[i] gives
+        y[n] = sum_i v[n - 2i + 1] x[i],   v = (w2, w1 + w2, w0 + w1, w0),
+    a transposed convolution of stride 2, padding 1 and kernel v = U w; in two dimensions v = U w U^T. It is the same
+    function with 4 instead of 9 multiplications per weight and pixel. The weight keeps its 3 x 3 shape.
+    """
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, padding=1)
+        repeat = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # U
+        self.register_buffer("repeat", repeat, persistent=False)
+
+    def forward(self, x):  # (B, I, H, W) -> (B, O, 2H, 2W)
+        v = torch.einsum("pa,oiab,qb->iopq", self.repeat, self.weight, self.repeat)
+        return F.conv_transpose2d(x, v, self.bias, stride=2, padding=1)
+
+
+class Generator(nn.Module):
+    """G: z (B, d) -> x (B, C, H, W); the network of DAFL's and RDSKD's code [C], where width = 128.
+
+    `spectral_norm` divides each convolution's weight by its largest singular value: PRE-DFKD's novel generator [C].
+    The second BatchNorm and the third have eps = 0.8: the authors pass it as the second positional argument, where
+    torch expects eps and a reader expects momentum. It changes what the network learns, so it is kept [C].
+    The last BatchNorm has no affine part and puts the images into the teacher's normalised input space [C].
+    """
+
+    def __init__(self, latent_dim, channels, image_size=32, width=128, spectral_norm=False):
+        super().__init__()
+        if image_size % 4:
+            raise ValueError(f"image_size must be a multiple of 4, not {image_size}")
+        self.latent_dim, self.start = latent_dim, image_size // 4
+        norm = parametrizations.spectral_norm if spectral_norm else lambda conv: conv
+        self.linear = nn.Linear(latent_dim, width * self.start**2)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = norm(UpsampleConv2d(width, width))
+        self.bn2 = nn.BatchNorm2d(width, eps=0.8)
+        self.conv2 = norm(UpsampleConv2d(width, width // 2))
+        self.bn3 = nn.BatchNorm2d(width // 2, eps=0.8)
+        self.conv3 = norm(nn.Conv2d(width // 2, channels, 3, padding=1))
+        self.bn4 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z):
+        x = self.linear(z).unflatten(1, (-1, self.start, self.start))  # (B, 128, H/4, W/4)
+        x = self.bn1(x.contiguous(memory_format=torch.channels_last))
+        x = F.leaky_relu(self.bn2(self.conv1(x)), 0.2)  # (B, 128, H/2, W/2)
+        x = F.leaky_relu(self.bn3(self.conv2(x)), 0.2)  # (B, 64, H, W)
+        x = self.conv3(x).float().tanh()  # (B, C, H, W)
+        return self.bn4(x)
+
+
+# ---------------------------------------------------------------- terms that the papers share
+
+
+def one_hot_loss(logits):
+    """L_oh = CE(t, argmax_k t), batch mean: small when the teacher is sure of each sample (authenticity).
+
+    logits (B, K) -> scalar in [0, log K]. RDSKD, DAFL and PRE-DFKD [P, C].
+    """
+    return F.cross_entropy(logits, logits.argmax(1))
+
+
+def information_entropy_loss(logits):
+    """L_ie = sum_k p_bar_k log p_bar_k = -H(p_bar): small when the batch holds all classes equally (class diversity).
+
+    logits (B, K) -> scalar in [-log K, 0], natural logarithm. RDSKD [P, C]; DAFL and PRE-DFKD use log10 [C], see
+    `dafl_loss`. log p_bar is computed as logsumexp_b(log p) - log B: a class without mass then adds 0 to the loss and
+    to the gradient, where the authors' p_bar.log() gives NaN.
+    """
+    log_p_bar = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))  # (K,)
+    return (log_p_bar.exp() * log_p_bar).sum()
+
+
+def activation_loss(features):
+    """L_a = -mean |f| over batch and features: small when features are as strong as on real data.
+
+    features (B, D) -> scalar. DAFL [P, C], used by PRE-DFKD [C] and by soft-target synthesis [P].
+    """
+    return -features.abs().mean()
+
+
+def distillation_loss(student_logits, teacher_logits, temperature):
+    """L_kd(tau) = tau^2 KL( softmax(T(x)/tau) || softmax(S(x)/tau) ), batch mean.
+
+    student_logits, teacher_logits (B, K) -> scalar. Hinton et al.; RDSKD has tau = 10, DAFL 1 [C], ZSKD and soft-target
+    synthesis 20 [C, P].
+    """
+    log_q = (student_logits / temperature).log_softmax(1)
+    log_p = (teacher_logits / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+# ---------------------------------------------------------------- RDSKD
+
+
+def diversity_seeking_loss(images, logits):
+    """L_ds = 1 / ( ||x_2 - x_1|| / ||p_2 - p_1|| + 1e-20 ): small when images differ while the teacher agrees.
+
+    images (B, C, H, W), logits (B, K) -> scalar >= 0. x_1, x_2 are the halves of the batch, p_1, p_2 the teacher's
+    softmax outputs on them, ||.|| the Frobenius norm over a whole half-batch. RDSKD [C]. The last image of an odd batch
+    is left out [I]. Written as ||p_2 - p_1|| / (||x_2 - x_1|| + 1e-20): equal to rounding, and also finite, with finite
+    gradients, when the halves are identical (the formula above is then 0/0) [I].
+    """
+    half = len(images) // 2
+    p = logits.softmax(1)
+    distance_x = vector_norm(images[half : 2 * half] - images[:half])
+    distance_p = vector_norm(p[half : 2 * half] - p[:half])
+    return distance_p / (distance_x + 1e-20)
+
+
+def rdskd_loss(images, logits, reference):
+    """L_G = exp(L_oh - L_oh') + exp(L_ie - L_ie') + L_ds: RDSKD's generator objective, which has no weights to tune.
+
+    images (B, C, H, W), logits (B, K), reference = (L_oh', L_ie') -> scalar. The reference values are constants, seen
+    earlier in training: an increase over them costs exponentially, a decrease earns little [P]. When to renew them is
+    the loop's affair: `rdskd` in dfkd.py. [C]
+    """
+    L_oh, L_ie = one_hot_loss(logits), information_entropy_loss(logits)
+    return (L_oh - reference[0]).exp() + (L_ie - reference[1]).exp() + diversity_seeking_loss(images, logits)
+
+
+# ---------------------------------------------------------------- DAFL and MSKD
+
+
+def dafl_loss(logits, features, a, b, c):
+    """L_G = a L_oh + b L_ie + c L_a, with L_ie in log10: DAFL's generator objective [C].
+
+    logits (B, K), features (B, D), weights a, b, c -> scalar. MNIST: 1, 5, 0.1; CIFAR-10: 0.05, 5, 0.01 [C].
+    """
+    L_ie = information_entropy_loss(logits) / math.log(10)
+    return a * one_hot_loss(logits) + b * L_ie + c * activation_loss(features)
+
+
+def mode_seeking_loss(images, z):
+    """1 / ( ||x_2 - x_1|| / ||z_2 - z_1|| + 1e-5 ): small when different latents give different images.
+
+    images (B, C, H, W), z (B, d) -> scalar >= 0. Halves and norms as in `diversity_seeking_loss`. MSKD adds it to DAFL's
+    two class terms [I]; the 1e-5 is that of Mao et al.'s code, where the norms are mean absolute differences [I].
+    """
+    half = len(images) // 2
+    distance_x = vector_norm(images[half : 2 * half] - images[:half])
+    distance_z = vector_norm(z[half : 2 * half] - z[:half])
+    return distance_z / (distance_x + 1e-5 * distance_z + 1e-20)  # 1e-20: finite also when both distances are 0
+
+
+# ---------------------------------------------------------------- PRE-DFKD
+
+
+def js_disagreement_loss(student_logits, teacher_logits, temperature=3.0):
+    """L_js = 1 - JSD( softmax(S(x)/tau), softmax(T(x)/tau) ): small when student and teacher disagree.
+
+    student_logits, teacher_logits (B, K) -> scalar in [1 - log 2, 1]. JSD(P, Q) = KL(P || M)/2 + KL(Q || M)/2 with
+    M = (P + Q)/2, summed over classes, averaged over the batch. PRE-DFKD [P], tau = 3 [C]. The authors' code differs: it
+    clamps P, Q and M to [0.01, 0.99], averages over classes as well (a factor 1/K), and swaps the arguments, KL(M || P).
+    """
+    log_p = (student_logits / temperature).log_softmax(1)
+    log_q = (teacher_logits / temperature).log_softmax(1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    kl_p = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+    kl_q = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+    return 1 - (kl_p + kl_q) / 2
+
+
+# ---------------------------------------------------------------- soft-target synthesis and ZSKD
+
+
+def weight_correlation(weight):
+    """R_ij = cos(w_i, w_j), rows w_i of a layer's weight: how the layer's outputs vary together.
+
+    weight (D, M) -> (D, D), symmetric, unit diagonal, positive semi-definite (often singular). Soft-target synthesis [P].
+    """
+    w = F.normalize(weight, dim=1)
+    return (w @ w.T).clamp(-1, 1).fill_diagonal_(1)  # also for a unit without weights, which varies by itself
+
+
+def dirichlet_concentrations(weight):
+    """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
+
+    weight (K, M) of the teacher's last layer -> (K, K). ZSKD draws targets for class k from Dirichlet(beta c_k) [C].
+    """
+    cosine = weight_correlation(weight)
+    low, high = cosine.aminmax(dim=1, keepdim=True)
+    return (cosine - low) / (high - low)
+
+
+# ---------------------------------------------------------------- DeepInversion
+
+
+def total_variation(images):
+    """TV(x): sum of the four L2 norms of neighbour differences, horizontal, vertical and both diagonals.
+
+    images (B, C, H, W) -> scalar; each norm is over the whole batch. DeepInversion [C].
+    """
+    x = images
+    return (
+        vector_norm(x[..., :, 1:] - x[..., :, :-1])
+        + vector_norm(x[..., 1:, :] - x[..., :-1, :])
+        + vector_norm(x[..., 1:, 1:] - x[..., :-1, :-1])
+        + vector_norm(x[..., 1:, :-1] - x[..., :-1, 1:])
+    )
+
+
+def batch_norm_loss(inputs, running_mean, running_var):
+    """||mu(h) - BN.mean||_2 + ||sigma^2(h) - BN.var||_2 of one BatchNorm layer, biased variance.
+
+    inputs h (B, C, H, W) of the layer, running_mean and running_var (C,) -> scalar. DeepInversion sums it over the
+    teacher's layers [C].
+    """
+    var, mean = torch.var_mean(inputs, (0, 2, 3), correction=0)
+    return vector_norm(mean - running_mean) + vector_norm(var - running_var)

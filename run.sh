@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Set-up, the main job and the tests. Works from a fresh clone with a bare Python 3.10 or later.
+#
+#   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS
+#   ./run.sh test        the tests
+#
+# Where the current python3 (or $PYTHON) already has torch, it is used as it is; else everything goes into .venv.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+fail() { echo "run.sh: $1" >&2; exit 1; }
+
+# Whether interpreter $1 can import numpy, a recent torch and the further modules $2.
+has() { "$1" -c "import numpy, torch, $2; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)" 2>/dev/null; }
+
+# Install into .venv. torch's default build for Linux carries 5 GB of CUDA libraries: without an NVIDIA GPU, the
+# CPU build is tried first. The last line installs what is still missing and is the fallback as well.
+fetch() {
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
+    if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && ! has .venv/bin/python sys; then
+        "${pip[@]}" --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu "torch>=2.4" 2>/dev/null || true
+    fi
+    "${pip[@]}" "torch>=2.4" numpy "$@"
+}
+
+# Set `python` to an interpreter that has what the job needs: module $1 beside torch and numpy.
+set_up() {
+    local base=${PYTHON:-python3}
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+        fail "'$base' is not Python 3.10 or later; install one, or name it: PYTHON=/path/to/python3 ./run.sh"
+    python=$base
+    has "$python" "$1" && return
+    python=.venv/bin/python
+    has "$python" "$1" && return
+    echo "setting up .venv, once: torch, numpy${2:+, $2} (a few minutes)"
+    local site=()
+    has "$base" sys && site=(--system-site-packages)
+    "$base" -m venv --clear ${site[@]+"${site[@]}"} .venv ||
+        fail "cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
+    fetch ${2:+"$2"} || fail "pip could not install what is needed; run again when the network is back"
+    has "$python" "$1" || fail "torch does not work in .venv; remove .venv and run again"
+}
+
+case "${1:-}" in
+    test)
+        shift
+        set_up pytest pytest
+        exec "$python" -m pytest -q -p no:cacheprovider test_dfkd.py "$@"
+        ;;
+    "" | -*)
+        set_up sys
+        exec "$python" dfkd.py --method rdskd "$@"
+        ;;
+    *) fail "unknown job '$1'; the jobs are: test, or none for the main job" ;;
+esac

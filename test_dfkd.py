@@ -1,0 +1,608 @@
+"""Tests: the mathematics, the behaviour, bad input. Run them with ./run.sh test."""
+
+import csv
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import dfkd
+import generators as g
+import models
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------- the losses, against formulas written out in float64
+
+
+def softmax(t):
+    e = np.exp(t - t.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def one_hot(t):
+    return -np.log(softmax(t).max(1)).mean()
+
+
+def entropy(t):
+    p = softmax(t).mean(0)
+    return (p * np.log(p)).sum()
+
+
+def diversity(x, t):
+    half, p = len(x) // 2, softmax(t)
+    ratio = np.sqrt(((x[half:] - x[:half]) ** 2).sum()) / np.sqrt(((p[half:] - p[:half]) ** 2).sum())
+    return 1 / (ratio + 1e-20)
+
+
+def kl(p, q):
+    return (p * np.log(p / q)).sum(1).mean()
+
+
+def js(s, t):
+    p, q = softmax(s / 3), softmax(t / 3)
+    return 1 - kl(p, (p + q) / 2) / 2 - kl(q, (p + q) / 2) / 2
+
+
+@pytest.fixture(params=[1.0, 8.0], ids=["soft", "sharp"])
+def batch(request):
+    """Images, latents, features, teacher's and student's logits of 6 samples, float64."""
+    shapes = dict(x=(6, 2, 5, 5), z=(6, 4), f=(6, 7), t=(6, 3), s=(6, 3))
+    return {k: torch.randn(v, dtype=torch.float64) * (request.param if k in "ts" else 1) for k, v in shapes.items()}
+
+
+def test_losses_equal_their_formulas(batch):
+    x, z, f, t, s = batch.values()
+    X, Z, f_, t_, s_ = (v.numpy() for v in batch.values())
+    pairs = {
+        "L_oh": (g.one_hot_loss(t), one_hot(t_)),
+        "L_ie": (g.information_entropy_loss(t), entropy(t_)),
+        "L_a": (g.activation_loss(f), -np.abs(f_).mean()),
+        "L_ds": (g.diversity_seeking_loss(x, t), diversity(X, t_)),
+        "rdskd": (
+            g.rdskd_loss(x, t, (0.3, -0.7)),
+            math.exp(one_hot(t_) - 0.3) + math.exp(entropy(t_) + 0.7) + diversity(X, t_),
+        ),
+        "dafl": (
+            g.dafl_loss(t, f, 1, 5, 0.1),
+            one_hot(t_) + 5 * entropy(t_) / math.log(10) - 0.1 * np.abs(f_).mean(),
+        ),
+        "L_kd": (g.distillation_loss(s, t, 4.0), 16 * kl(softmax(t_ / 4), softmax(s_ / 4))),
+        "mode seeking": (
+            g.mode_seeking_loss(x, z),
+            1 / (np.linalg.norm(X[3:] - X[:3]) / np.linalg.norm(Z[3:] - Z[:3]) + 1e-5),
+        ),
+        "L_js": (g.js_disagreement_loss(s, t), js(s_, t_)),
+        "batch norm": (
+            g.batch_norm_loss(x, torch.tensor([0.1, 0.2]), torch.tensor([1.0, 2.0])),
+            np.linalg.norm(X.mean((0, 2, 3)) - [0.1, 0.2]) + np.linalg.norm(X.var((0, 2, 3)) - [1, 2]),
+        ),
+    }
+    for name, (ours, formula) in pairs.items():
+        assert ours.shape == () and ours.item() == pytest.approx(formula, rel=1e-6), name
+
+
+def test_losses_have_the_right_gradients(batch):
+    x, z, f, t, s = (v.requires_grad_() for v in batch.values())
+    for loss, inputs in [
+        (lambda x, t: g.rdskd_loss(x, t, (0.3, -0.7)), (x, t)),
+        (lambda t, f: g.dafl_loss(t, f, 1, 5, 0.1), (t, f)),
+        (g.mode_seeking_loss, (x, z)),
+        (g.js_disagreement_loss, (s, t)),
+        (lambda s, t: g.distillation_loss(s, t, 4.0), (s, t)),
+        (g.total_variation, (x,)),
+    ]:
+        assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_losses_equal_the_expressions_of_the_authors_code():
+    """RDSKD's and DAFL's public code, expression by expression, in float32."""
+    t = torch.tensor([[2.0, 0, -1], [0, 3, 1], [1, 1, 4]])
+    p = t.softmax(1).mean(0)
+    assert g.one_hot_loss(t).item() == pytest.approx(torch.nn.CrossEntropyLoss()(t, t.data.max(1)[1]).item(), rel=1e-6)
+    assert g.information_entropy_loss(t).item() == pytest.approx((p * torch.log(p)).sum().item(), rel=1e-6)
+    log10 = (p * torch.log10(p)).sum().item()
+    assert g.dafl_loss(t, torch.zeros(3, 2), 0, 1, 0).item() == pytest.approx(log10, rel=1e-6)
+    kd = torch.nn.KLDivLoss(reduction="sum")((t.flip(0) / 10).log_softmax(1), (t / 10).softmax(1)) * 100 / 3
+    assert g.distillation_loss(t.flip(0), t, 10.0).item() == pytest.approx(kd.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_closed_forms(classes):
+    uniform, certain = torch.zeros(8, classes), 200 * torch.eye(classes)
+    assert g.information_entropy_loss(uniform).item() == pytest.approx(-math.log(classes), rel=1e-6)
+    assert g.one_hot_loss(uniform).item() == pytest.approx(math.log(classes), rel=1e-6)
+    assert g.one_hot_loss(certain).item() == 0
+    assert g.information_entropy_loss(certain).item() == pytest.approx(-math.log(classes), rel=1e-6)
+    assert g.distillation_loss(certain, certain, 10.0).item() == pytest.approx(0, abs=1e-6)
+    assert g.js_disagreement_loss(certain, certain).item() == pytest.approx(1)
+    assert g.js_disagreement_loss(certain, certain.roll(1, 0)).item() == pytest.approx(1 - math.log(2), rel=1e-5)
+    assert g.total_variation(torch.ones(2, 1, 4, 4)).item() == 0
+    step = torch.zeros(1, 1, 2, 2)
+    step[..., 1] = 1  # differences: horizontal 1, 1; vertical 0, 0; one on each diagonal
+    assert g.total_variation(step).item() == pytest.approx(math.sqrt(2) + 2)
+
+
+def test_js_disagreement_is_symmetric(batch):
+    s, t = batch["s"], batch["t"]
+    assert g.js_disagreement_loss(s, t).item() == pytest.approx(g.js_disagreement_loss(t, s).item(), rel=1e-12)
+
+
+def test_a_class_without_mass_gives_no_nan():
+    t = torch.tensor([[500.0, 0, -500]]).repeat(4, 1).requires_grad_()
+    loss = g.information_entropy_loss(t)
+    loss.backward()
+    assert loss.item() == 0 and t.grad.isfinite().all()
+
+
+def test_diversity_takes_odd_batches_and_identical_halves():
+    x, t = torch.randn(7, 1, 4, 4), torch.randn(7, 3)
+    assert g.diversity_seeking_loss(x, t) == g.diversity_seeking_loss(x[:6], t[:6])
+    for loss in (g.diversity_seeking_loss, g.mode_seeking_loss):
+        for other in (0.0, 1.0):
+            x = torch.randn(3, 1, 4, 4).repeat(2, 1, 1, 1).requires_grad_()
+            t = (torch.randn(3, 3).repeat(2, 1) + other * torch.randn(6, 3)).requires_grad_()
+            value = loss(x, t)
+            value.backward()
+            assert value.isfinite() and x.grad.isfinite().all() and t.grad.isfinite().all()
+
+
+def test_diversity_rewards_distance():
+    x, t = torch.randn(6, 1, 4, 4), torch.randn(6, 3)
+    assert g.diversity_seeking_loss(2 * x, t).item() == pytest.approx(g.diversity_seeking_loss(x, t).item() / 2)
+
+
+def test_weight_similarities():
+    weight = torch.tensor([[1.0, 0], [2, 0], [0, 3], [-1, 0]])
+    cosines = torch.tensor([[1.0, 1, 0, -1], [1, 1, 0, -1], [0, 0, 1, 0], [-1, -1, 0, 1]])
+    assert torch.allclose(g.weight_correlation(weight), cosines)
+    scaled = torch.tensor([[1.0, 1, 0.5, 0], [1, 1, 0.5, 0], [0, 0, 1, 0], [0, 0, 0.5, 1]])
+    assert torch.allclose(g.dirichlet_concentrations(weight), scaled)
+    R = g.weight_correlation(torch.randn(12, 5))
+    assert torch.equal(R, R.T) and torch.equal(R.diagonal(), torch.ones(12))
+    assert torch.linalg.eigvalsh(R.double()).min() > -1e-6
+
+
+# ---------------------------------------------------------------- networks
+
+
+def test_upsampling_convolution_is_upsampling_and_convolution():
+    conv = g.UpsampleConv2d(3, 5).double()
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2.0), conv.weight, conv.bias, padding=1)
+    ours = conv(x)
+    assert torch.allclose(ours, plain, atol=1e-12)
+    direction, inputs = torch.randn_like(plain), (x, conv.weight, conv.bias)
+    for a, b in zip(torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(plain, inputs, direction)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_generator_makes_normalised_images(channels):
+    x = g.Generator(10, channels, image_size=16, width=8)(torch.randn(32, 10))
+    assert x.shape == (32, channels, 16, 16)
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(channels), atol=1e-5)
+    assert torch.allclose(x.var((0, 2, 3), correction=0), torch.ones(channels), atol=1e-2)
+
+
+def test_generator_parameters_and_spectral_norm():
+    count = sum(p.numel() for p in g.Generator(100, 1).parameters())
+    assert count == 101 * 8192 + 2 * 128 + 128 * 1153 + 2 * 128 + 64 * 1153 + 2 * 64 + 577
+    G = g.Generator(10, 3, width=8, spectral_norm=True).eval()
+    for conv in (G.conv1, G.conv2, G.conv3):
+        assert torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
+
+
+def test_generator_learns_and_the_teacher_does_not():
+    G, T = g.Generator(10, 1, width=8), models.build("lenet5").eval().requires_grad_(False)
+    x = G(torch.randn(8, 10))
+    g.rdskd_loss(x, T(x), (0.0, 0.0)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in G.parameters())
+    assert G.linear.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in T.parameters())
+
+
+PARAMETERS = dict(lenet5=61_706, lenet5_half=15_738, alexnet=1_659_178, alexnet_half=417_434,
+                  resnet18=11_173_962, resnet34=21_282_122)  # fmt: skip
+PARAMETERS |= {"wrn-40-2": 2_243_546, "wrn-16-1": 175_066}  # papers.md: 2.24 M, 0.18 M
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_networks(name):
+    channels = 1 if "lenet" in name else 3
+    net = models.build(name, 10, channels)
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+    logits, features = net(torch.randn(2, channels, 32, 32), return_features=True)
+    assert logits.shape == (2, 10) and features.shape == (2, net.classifier.in_features)
+    assert torch.equal(logits, net.classifier(features))
+    logits.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["lenet", "wrn-17-1", "wrn-16-0", "resnet50"])
+def test_unknown_networks_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        models.build(name)
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def test_glyphs_are_deterministic_balanced_and_differ_by_seed():
+    (x, y), (again, _), (other, _) = data.glyphs(300, 0), data.glyphs(300, 0), data.glyphs(300, 1)
+    assert x.shape == (300, 28, 28) and x.dtype == np.uint8
+    assert np.array_equal(x, again) and not np.array_equal(x, other)
+    assert (np.bincount(y, minlength=10) == 30).all()
+
+
+def test_a_linear_classifier_does_not_solve_glyphs():
+    x, y = data.glyphs(6_000, 0)
+    test_x, test_y = data.glyphs(2_000, 1)
+    A = np.c_[x.reshape(len(x), -1) / 255.0, np.ones(len(x))]
+    weight = np.linalg.solve(A.T @ A + 10 * np.eye(A.shape[1]), A.T @ np.eye(10)[y])  # ridge regression
+    right = (np.c_[test_x.reshape(len(test_x), -1) / 255.0, np.ones(len(test_x))] @ weight).argmax(1) == test_y
+    assert 0.6 < right.mean() < 0.93
+
+
+def test_stroke_distance():
+    distance = data.stroke_distance(np.array([[[5, 10], [15, 10], [15, 20]]], np.float32))[0]  # (x, y), so [y, x] below
+    assert distance[10, 8] == 0 and distance[13, 8] == 3 and distance[10, 1] == 4
+    assert distance[17, 18] == 3 and distance[24, 18] == pytest.approx(5)
+
+
+def test_images_are_normalised_and_resized():
+    x = data.to_32x32(np.full((2, 28, 28), 51, np.uint8))
+    assert x.shape == (2, 1, 32, 32) and (x == 51).all() and x.dtype == torch.uint8
+    assert torch.allclose(data.normalise(x, "mnist"), torch.tensor((0.2 - 0.1307) / 0.3081))
+
+
+def test_the_normalisation_of_glyphs_is_that_of_its_images():
+    x = data.normalise(data.to_32x32(data.glyphs(2_000, 0)[0]), "glyphs")
+    assert x.mean().item() == pytest.approx(0, abs=0.02) and x.std().item() == pytest.approx(1, abs=0.02)
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder with a small data set in MNIST's format: two plain files and two gzipped ones."""
+    rng, folder = np.random.default_rng(0), tmp_path / "mnist"
+    folder.mkdir()
+    for stem, n in (("train", 30), ("t10k", 20)):
+        (folder / f"{stem}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (n, 28, 28), np.uint8)))
+        labels = idx(rng.integers(0, 10, n, np.uint8))
+        (folder / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    return folder
+
+
+def test_idx_files_are_read(mnist):
+    real = data.load("mnist", mnist.parent)
+    content = (mnist / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    assert torch.equal(real.test_images, data.to_32x32(np.frombuffer(content, np.uint8).reshape(20, 28, 28)))
+    assert real.train_images.shape == (30, 1, 32, 32) and real.train_labels.dtype == torch.int64
+    labels = gzip.decompress((mnist / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
+    assert real.train_labels.tolist() == list(labels)
+
+
+IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"
+DAMAGE = {
+    "truncated gzip": (LABELS, lambda b: b[:-9], "truncated gzip"),
+    "no gzip": (LABELS, lambda b: b"<html>not found</html>", "gzip"),
+    "damaged gzip": (LABELS, lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "gzip"),
+    "wrong magic": (IMAGES, lambda b: b"\0\0\x0d" + b[3:], "expected 00000803"),
+    "labels for images": (IMAGES, lambda b: idx(np.zeros(20, np.uint8)), "expected 00000803"),
+    "truncated": (IMAGES, lambda b: b[:-1], "bytes, expected"),
+    "too long": (IMAGES, lambda b: b + b"x", "bytes, expected"),
+    "half a header": (IMAGES, lambda b: b[:7], "bytes, expected"),
+    "empty": (IMAGES, lambda b: b"", "nothing"),
+    "other size": (IMAGES, lambda b: idx(np.zeros((20, 14, 14), np.uint8)), "28 x 28"),
+    "other length": (IMAGES, lambda b: idx(np.zeros((19, 28, 28), np.uint8)), "20 labels for 19 images"),
+    "no images": (IMAGES, lambda b: idx(np.zeros((0, 28, 28), np.uint8)), "20 labels for 0 images"),
+    "label out of range": (LABELS, lambda b: gzip.compress(idx(np.full(20, 10, np.uint8))), "label 10"),
+}
+
+
+@pytest.mark.parametrize("file, damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_idx_files_are_refused(mnist, file, damage, message):
+    path = mnist / file
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load("mnist", mnist.parent)
+    assert "t10k" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_downloads_are_checked_and_whole(tmp_path):
+    content = idx(np.arange(5, dtype=np.uint8))
+    right = hashlib.sha256(content).hexdigest()
+    for name, served in (("bad", gzip.compress(b"other")), ("cut", gzip.compress(content)[:-5]), ("good", gzip.compress(content))):
+        (tmp_path / name).write_bytes(served)
+    bad, cut, good = ((tmp_path / name).as_uri() for name in ("bad", "cut", "good"))
+    path = tmp_path / "new" / "labels.gz"
+    with pytest.raises(data.DataError, match="wrong checksum.*--data-dir"):
+        data.download(path, [bad, cut, (tmp_path / "nowhere").as_uri()], right)
+    assert list(path.parent.iterdir()) == []
+    data.download(path, [bad, cut, good], right)
+    assert data.read(path) == content and list(path.parent.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory):
+    """Where the session's runs keep their teacher: the first one trains it."""
+    return tmp_path_factory.mktemp("teachers")
+
+
+@pytest.fixture
+def command(teacher_dir, tmp_path):
+    """command(out, *flags): the arguments of a small run."""
+    small = "--steps 12 --generator-steps 6 --eval-every 4 --batch 16 --width 8 --latent 10 --precision fp32"
+    return lambda out, *flags: [*small.split(), "--teacher-dir", str(teacher_dir), "--out", str(tmp_path / out), *flags]
+
+
+def outcome(folder):
+    """What a run must reproduce: its student bit by bit, its result and its curve but for the seconds."""
+    result = json.loads((folder / "result.json").read_text())
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    for timed in (result, *rows):
+        timed.pop("seconds")
+    for place in dfkd.PLACES:
+        result["args"].pop(place)
+    return torch.load(folder / "student.pt", weights_only=True), result, rows
+
+
+def assert_same(a, b):
+    (student_a, *a), (student_b, *b) = outcome(a), outcome(b)
+    assert a == b
+    assert student_a.keys() == student_b.keys()
+    assert all(torch.equal(student_a[k], student_b[k]) for k in student_a)
+
+
+def test_the_whole_command(command, tmp_path, capsys):
+    begun = time.perf_counter()
+    assert dfkd.main(command("a")) == 0
+    assert time.perf_counter() - begun < 30
+    printed, out = capsys.readouterr().out, tmp_path / "a"
+    assert "eta" in printed and "teacher  lenet5" in printed and "variance" in printed
+    assert {p.name for p in out.iterdir()} == set(dfkd.FILES)
+    result = json.loads((out / "result.json").read_text())
+    fields = """method dataset teacher student seed steps teacher_accuracy accuracy_last accuracy_max accuracy_mean
+        accuracy_variance replay_bytes seconds args torch_version git_commit"""
+    assert list(result) == fields.split()
+    curve = [float(row["accuracy"]) for row in csv.DictReader((out / "metrics.csv").open())]
+    assert len(curve) == 3 and result["accuracy_last"] == curve[-1] and result["accuracy_max"] == max(curve)
+    assert result["accuracy_mean"] == pytest.approx(np.mean(curve))
+    assert result["accuracy_variance"] == pytest.approx(np.var(curve))
+    assert 97 <= result["teacher_accuracy"] <= 99.5
+    models.build("lenet5_half").load_state_dict(torch.load(out / "student.pt", weights_only=True))
+    picture = (out / "samples.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", picture[16:24]) == (256, 256)
+
+    assert dfkd.main(command("b")) == 0
+    assert_same(out, tmp_path / "b")
+    assert dfkd.main(command("c", "--seed", "1")) == 0
+    with pytest.raises(AssertionError):
+        assert_same(out, tmp_path / "c")
+
+    assert dfkd.main(command("a", "--seed", "1")) == 0  # a second run in the same folder
+    assert json.loads((out / "previous-1" / "result.json").read_text()) == result
+    assert_same(out, tmp_path / "c")
+
+
+def test_png_holds_the_images():
+    x = torch.rand(4, 3, 2, 5)
+    content = dfkd.png(x, columns=2)
+    start = content.index(b"IDAT")
+    (length,) = struct.unpack(">I", content[start - 4 : start])
+    lines = np.frombuffer(zlib.decompress(content[start + 4 : start + 4 + length]), np.uint8).reshape(4, 1 + 2 * 5 * 3)
+    assert (lines[:, 0] == 0).all()
+    grid = torch.from_numpy(lines[:, 1:].copy()).view(2, 2, 2, 5, 3).permute(0, 2, 4, 1, 3)  # (row, column, C, H, W)
+    assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
+
+
+@pytest.mark.parametrize("calls", [2, 9, 20], ids=["at the start", "generator", "student"])
+def test_resume_equals_uninterrupted(command, tmp_path, monkeypatch, calls, capsys):
+    assert dfkd.main(command("whole")) == 0
+    minimise, left = dfkd.minimise, [calls - 2]
+
+    def interrupted(*args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        minimise(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dfkd, "minimise", interrupted)
+        assert dfkd.main(command("parts")) == 130
+    assert not (tmp_path / "parts" / "result.json").exists()
+    assert "--resume" in one_line(capsys.readouterr().err)
+    assert dfkd.main(command("parts", "--resume")) == 0
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert dfkd.main(command("parts", "--resume")) == 0  # a finished run has nothing left to do
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on(command, tmp_path, kind):
+    flags = ("--steps", "40")
+    assert dfkd.main(command("whole", *flags)) == 0
+    run = subprocess.Popen([sys.executable, HERE / "dfkd.py", *command("killed", *flags)], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)  # fmt: skip
+    for line in run.stdout:
+        if re.match(r"student +8/", line):
+            run.send_signal(kind)
+            break
+    error = run.communicate()[1]
+    assert run.returncode == (130 if kind == signal.SIGTERM else -signal.SIGKILL)
+    assert "Traceback" not in error and not (tmp_path / "killed" / "result.json").exists()
+    assert dfkd.main(command("killed", "--resume", *flags)) == 0
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_rdskd_teaches_the_student(command, tmp_path):
+    flags = "--steps 300 --generator-steps 150 --eval-every 100 --batch 64 --width 16 --student-lr 5e-3".split()
+    assert dfkd.main(command("a", *flags)) == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["accuracy_last"] > 35  # chance is 10
+
+
+@pytest.fixture
+def teacher_file(command, teacher_dir, tmp_path):
+    assert dfkd.main(command("first", "--steps", "1", "--generator-steps", "1")) == 0
+    return next(teacher_dir.iterdir())
+
+
+def test_without_evaluation_no_data_set_is_touched(command, teacher_file, tmp_path, monkeypatch):
+    assert dfkd.main(command("seen", "--teacher", str(teacher_file))) == 0
+    monkeypatch.setattr(data, "load", None)
+    monkeypatch.setattr(data, "glyphs", None)
+    assert dfkd.main(command("unseen", "--teacher", str(teacher_file), "--no-eval")) == 0
+    seen, unseen = outcome(tmp_path / "seen"), outcome(tmp_path / "unseen")
+    assert unseen[1]["accuracy_last"] is None and unseen[1]["teacher_accuracy"] is None
+    assert all(torch.equal(seen[0][k], unseen[0][k]) for k in seen[0])
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def one_line(text):
+    assert text.startswith("dfkd.py: ") and text.count("\n") == 1 and "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize("flags", [
+    "--method magic", "--dataset imagenet", "--student-arch lenet6", "--teacher-arch resnet50", "--batch 0", "--batch 1",
+    "--batch many", "--steps 0", "--eval-every 0", "--generator-lr 0", "--student-lr nan", "--temperature -1", "--seed -1",
+    "--device tpu", "--no-eval", "--teacher nowhere.pt", "--shedule paper", "--threads 0", "--width 0",
+])  # fmt: skip
+def test_usage_errors(flags, capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        dfkd.main([*flags.split(), "--out", str(tmp_path / "out")])
+    assert exit.value.code == 2
+    assert flags.split()[0] in one_line(capsys.readouterr().err).replace("lenet6", "--student-arch").replace(
+        "resnet50", "--teacher-arch").replace("--shedule", "--shedule")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ("touch exploited",)
+
+
+TEACHER_FILES = {
+    "text": (lambda path: path.write_text("no checkpoint"), "not a PyTorch file"),
+    "empty": (lambda path: path.write_text(""), "not a PyTorch file"),
+    "code": (lambda path: torch.save(Exploit(), path), "not a PyTorch file"),
+    "whole model": (lambda path: torch.save(models.build("lenet5"), path), "not a PyTorch file"),
+    "no state dict": (lambda path: torch.save([1, 2], path), "no state dict"),
+    "other network": (lambda path: torch.save(models.build("resnet18").state_dict(), path), "--teacher-arch"),
+    "other widths": (lambda path: torch.save(models.build("lenet5_half").state_dict(), path), "shape .3, 1, 5, 5."),
+    "other classes": (lambda path: torch.save(models.build("lenet5", 7).state_dict(), path), "10 classes.*7"),
+    "NaN": (lambda path: torch.save({k: v / 0 for k, v in models.build("lenet5").state_dict().items()}, path), "NaN"),
+}
+
+
+@pytest.mark.parametrize("make, message", TEACHER_FILES.values(), ids=TEACHER_FILES)
+def test_bad_teacher_files(command, make, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "bad.pt")
+    assert dfkd.main(command("out", "--teacher", "bad.pt", "--no-eval")) == 1
+    assert re.search(message, one_line(capsys.readouterr().err))
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_a_truncated_teacher_file(command, teacher_file, tmp_path, capsys):
+    (tmp_path / "cut.pt").write_bytes(teacher_file.read_bytes()[:-1000])
+    assert dfkd.main(command("out", "--teacher", str(tmp_path / "cut.pt"), "--no-eval")) == 1
+    assert "damaged" in one_line(capsys.readouterr().err)
+
+
+def test_damaged_data_is_one_line(command, mnist, capsys):
+    (mnist / IMAGES).write_bytes(b"")
+    assert dfkd.main(command("out", "--dataset", "mnist", "--data-dir", str(mnist.parent))) == 1
+    assert IMAGES in one_line(capsys.readouterr().err)
+
+
+def test_nan_stops_the_run_and_names_the_term(command, tmp_path, monkeypatch, capsys):
+    calls, real = [], g.diversity_seeking_loss
+
+    def broken(images, logits):
+        calls.append(1)
+        return real(images, logits) * (math.nan if len(calls) > 6 else 1)  # twice a step: once within rdskd_loss
+
+    monkeypatch.setattr(g, "diversity_seeking_loss", broken)
+    assert dfkd.main(command("out")) == 1
+    message = one_line(capsys.readouterr().err)
+    assert "L_ds became nan at generator step 4" in message or "L_G became nan at generator step 4" in message
+    monkeypatch.undo()
+    assert dfkd.main(command("out", "--resume")) == 0
+    assert dfkd.main(command("whole")) == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_diverging_run_stops(command, capsys):
+    assert dfkd.main(command("out", "--generator-lr", "1e30")) == 1
+    assert "lower learning rate" in one_line(capsys.readouterr().err)
+
+
+def test_an_output_folder_that_cannot_be_written(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert dfkd.main(command("file")) == 1
+    assert "file" in one_line(capsys.readouterr().err)
+    assert dfkd.main(["--out", "/proc/dfkd"]) == 1
+    assert "/proc/dfkd" in one_line(capsys.readouterr().err)
+
+
+def test_a_full_disk_keeps_what_was_written(command, teacher_file, tmp_path, capsys):
+    """A limit on file sizes makes the second checkpoint's writing fail as a full disk does."""
+    flags = ("--teacher", str(teacher_file))
+    assert dfkd.main(command("whole", *flags)) == 0
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        assert dfkd.main(command("out", *flags)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint.pt" in one_line(capsys.readouterr().err)
+    assert not list(out.glob("*.part"))
+    assert dfkd.main(command("out", "--resume", *flags)) == 0
+    assert_same(tmp_path / "whole", out)
+
+
+def test_resume_refuses_other_arguments(command, capsys):
+    assert dfkd.main(command("out")) == 0
+    assert dfkd.main(command("out", "--resume", "--student-lr", "0.5")) == 1
+    assert "--student-lr" in one_line(capsys.readouterr().err)
+
+
+def test_the_readme_names_functions_that_exist():
+    names = re.findall(r"`(generators|replay|models|data|dfkd)\.(\w+)", (HERE / "README.md").read_text())
+    assert len(names) > 10
+    for module, name in names:
+        assert hasattr(sys.modules[module], name), f"{module}.{name}"
