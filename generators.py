@@ -82,8 +82,8 @@ class Generator(nn.Module):
     def forward(self, z):
         x = self.linear(z).unflatten(1, (-1, self.start, self.start))  # (B, 128, H/4, W/4)
         x = self.bn1(x.contiguous(memory_format=torch.channels_last))
-        x = F.leaky_relu(self.bn2(self.conv1(x)), 0.2)  # (B, 128, H/2, W/2)
-        x = F.leaky_relu(self.bn3(self.conv2(x)), 0.2)  # (B, 64, H, W)
+        x = F.leaky_relu(self.bn2(self.conv1(x)), 0.2, inplace=True)  # (B, 128, H/2, W/2)
+        x = F.leaky_relu(self.bn3(self.conv2(x)), 0.2, inplace=True)  # (B, 64, H, W)
         x = self.conv3(x).float().tanh()  # (B, C, H, W)
         return self.bn4(x)
 
