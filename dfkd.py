@@ -30,6 +30,7 @@ from torch import nn
 import data
 import generators
 import models
+import replay
 
 # ---------------------------------------------------------------- schedules
 
@@ -44,13 +45,39 @@ SCHEDULES = {
             batch=64, latent=100, width=48, generator_steps=1200, generator_lr=1e-3,
             steps=6000, student_lr=1e-2, student_decay="cosine", temperature=10.0,
         ),
-        "default mnist": dict(generator_steps=3000, steps=20_000),
+        "default mnist": dict(generator_steps=1500, steps=20_000),
         "paper": dict(
             batch=512, latent=100, width=128, generator_steps=20 * EPOCH, generator_lr=1e-3,
             steps=1000 * EPOCH, student_lr=2e-3, student_decay="none", temperature=10.0, eval_every=10 * EPOCH,
         ),
     },
+    "pre": {
+        "default": dict(
+            batch=128, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
+            steps=4000, student_lr=2e-3, student_decay="none", temperature=0.0, replay="vae",
+        ),
+        "paper": dict(
+            batch=1024, latent=1000, width=128, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
+            steps=400 * 36 * 10, student_lr=2e-3, student_decay="cosine", temperature=0.0, replay="vae", eval_every=360,
+        ),
+    },
+    "dafl": {
+        "default": dict(
+            batch=128, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=1,
+            steps=2000, student_lr=2e-3, student_decay="none", temperature=1.0,
+        ),
+        "paper": dict(
+            batch=512, latent=100, width=128, generator_lr=0.2, loss_weights=(1, 5, 0.1), student_steps=1,
+            steps=200 * EPOCH, student_lr=2e-3, student_decay="none", temperature=1.0, eval_every=EPOCH,
+        ),
+    },
+    "noise": {"default": dict(batch=128, steps=4000, student_lr=2e-3, student_decay="cosine", temperature=10.0)},
+    "kd": {"default": dict(batch=128, steps=4000, student_lr=2e-3, student_decay="cosine", temperature=10.0)},
 }  # fmt: skip
+SCHEDULES["mskd"] = SCHEDULES["dafl"]
+for same in ("noise", "kd"):
+    SCHEDULES[same]["paper"] = SCHEDULES[same]["default"]  # controls of ours
+MEMORY = dict(replay="none", memory_latent=32, memory_width=48, bank_size=4096, teacher_term=True, balanced=True)
 
 TEACHERS = {"glyphs": "lenet5", "mnist": "lenet5"}
 STUDENTS = {"lenet5": "lenet5_half"}
@@ -69,9 +96,9 @@ def rdskd(args, teacher, student, run):
     """RDSKD [C]: train G alone on its objective; freeze it; train S on fresh images from it."""
     G = generator(args)
     optimiser_G = adam(G, args.generator_lr)
-    optimiser_S = adam(student, args.student_lr)
-    decay_S = decay(optimiser_S, args)
-    run.track(G=G, student=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S)
+    optimiser_S, decay_S = student_optimiser(student, args)
+    memory = replay_memory(args)
+    run.track(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: samples(G, args)
     reference = run.state.setdefault("reference", torch.zeros(2, device=args.device))  # L_oh', L_ie' start at 0 [C]
 
@@ -81,28 +108,105 @@ def rdskd(args, teacher, student, run):
         L_oh, L_ie = generators.one_hot_loss(t), generators.information_entropy_loss(t)
         L_G = generators.rdskd_loss(x, t, reference)
         minimise(L_G, optimiser_G)
-        if step % EPOCH == 1:  # renewed once per epoch, at its second iteration [C, as we read it]
+        if step % EPOCH == 1:  # renewed once per epoch, from its second iteration [C, as we read it]
             reference.copy_(torch.stack([L_oh, L_ie]).detach())
         run.log(L_G=L_G, L_oh=L_oh, L_ie=L_ie, L_ds=generators.diversity_seeking_loss(x, t))
+        if memory:
+            memory.learn(x.detach(), teacher, rehearse=step > 0)
 
     G.eval()
     for _ in run.steps("student", args.steps, evaluate=True):
         with torch.no_grad():
             x = G(latents(args))
-            t = teacher(x)
-        L_kd = generators.distillation_loss(student(x), t, args.temperature)
-        minimise(L_kd, optimiser_S)
-        decay_S.step()
+        if memory:
+            x = torch.cat([x, memory.recall(replay.share(x), teacher)])
+        L_kd = imitate(x, args, teacher, student, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
 
 
-METHODS = {"rdskd": rdskd}
+def joint(args, teacher, student, run):
+    """DAFL, MSKD, PRE-DFKD [C]: rounds of one step of G, then `student_steps` of S, the memory trained after the first 4."""
+    G = generator(args, spectral_norm=args.method == "pre")
+    optimiser_G = adam(G, args.generator_lr)
+    optimiser_S, decay_S = student_optimiser(student, args)
+    memory = replay_memory(args)
+    run.track(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
+    run.samples = lambda: samples(G, args)
+
+    for step in run.steps("student", args.steps, evaluate=True):
+        place = step % args.student_steps  # within the round
+        if place == 0:
+            z = latents(args)
+            x = G(z)
+            L_G = generator_objective(args, z, x, teacher, student)
+            minimise(L_G, optimiser_G)
+            run.state["L_G"] = L_G.detach()
+            novel = x.detach()
+        else:
+            with torch.no_grad():
+                novel = G(latents(args))
+        x = novel
+        if memory and step >= args.student_steps:
+            x = torch.cat([novel, memory.recall(replay.share(novel), teacher)])
+        L_kd = imitate(x, args, teacher, student, optimiser_S, decay_S)
+        if memory and place < 4:
+            memory.learn(novel, teacher, rehearse=step >= args.student_steps)
+        run.log(L_kd=L_kd, L_G=run.state["L_G"])
 
 
-def generator(args):
-    info = data.INFO[args.dataset]
-    G = generators.Generator(args.latent, info.channels, width=args.width).to(args.device)
-    return in_precision(G.to(memory_format=torch.channels_last), args)
+def generator_objective(args, z, x, teacher, student):
+    """What G minimises in `joint`, with the weights a, b, c of --loss-weights."""
+    t, f = teacher(x, return_features=True)
+    a, b, c = args.loss_weights
+    if args.method == "mskd":
+        return generators.dafl_loss(t, f, a, b, 0) + c * generators.mode_seeking_loss(x, z)
+    if args.method == "pre":
+        return generators.dafl_loss(t, f, a, b, c) + generators.js_disagreement_loss(student(x), t)
+    return generators.dafl_loss(t, f, a, b, c)
+
+
+def transfer(args, teacher, student, run, draw):
+    """The controls: S learns from T's outputs on what `draw` gives, Gaussian noise or, for `kd`, real images."""
+    optimiser_S, decay_S = student_optimiser(student, args)
+    run.track(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
+    for _ in run.steps("student", args.steps, evaluate=True):
+        x = draw()
+        run.log(L_kd=imitate(x, args, teacher, student, optimiser_S, decay_S))
+
+
+def imitate(x, args, teacher, student, optimiser_S, decay_S):
+    """One step of S towards T on the images x: L_kd(tau), or PRE-DFKD's mean |S(x) - T(x)| where tau is 0."""
+    with torch.no_grad():
+        t = teacher(x)
+    s = student(x)
+    L_kd = generators.distillation_loss(s, t, args.temperature) if args.temperature else F.l1_loss(s, t)
+    minimise(L_kd, optimiser_S)
+    decay_S.step()
+    return L_kd
+
+
+METHODS = {"rdskd": rdskd, "dafl": joint, "mskd": joint, "pre": joint, "noise": transfer, "kd": transfer}
+
+
+def generator(args, spectral_norm=False):
+    G = generators.Generator(args.latent, channels(args), width=args.width, spectral_norm=spectral_norm)
+    return in_precision(G.to(args.device, memory_format=torch.channels_last), args)
+
+
+def replay_memory(args):
+    """What --replay asks for: a module with `learn` and `recall`, or None."""
+    if args.replay == "bank":
+        return replay.Bank(args.bank_size, channels(args)).to(args.device)
+    if args.replay == "vae":
+        vae = replay.VAE(args.memory_latent, channels(args), width=args.memory_width)
+        vae.to(args.device, memory_format=torch.channels_last)
+        for part in (vae.encoder, vae.decoder):
+            in_precision(part, args)
+        return replay.PseudoReplay(vae, args.generator_lr / 40, args.generator_lr, args.teacher_term, args.balanced)
+
+
+def channels(args):
+    return data.INFO[args.dataset].channels
 
 
 def latents(args):
@@ -125,11 +229,12 @@ def adam(net, lr):
     return torch.optim.Adam(net.parameters(), lr, fused=True)
 
 
-def decay(optimiser, args):
-    """The student's learning rate over its steps: constant, or a half cosine down to 0."""
+def student_optimiser(student, args):
+    """Adam for S, and its learning rate over the steps: constant, or a half cosine down to 0."""
+    optimiser = adam(student, args.student_lr)
     if args.student_decay == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
-    return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
+        return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
+    return optimiser, torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
 
 
 def minimise(loss, optimiser):
@@ -259,9 +364,9 @@ class Run:
 
     def track(self, **objects):
         """Name everything with a state_dict that a checkpoint must hold; a resumed run gets it back here."""
-        self.objects = objects
+        self.objects = {name: thing for name, thing in objects.items() if thing is not None}
         if self.saved:
-            for name, thing in objects.items():
+            for name, thing in self.objects.items():
                 thing.load_state_dict(self.saved["objects"][name])
             set_random_state(self.saved["random"])
 
@@ -319,9 +424,9 @@ class Run:
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.INFO[self.args.dataset][2:])
         return png((x.float().cpu() * std + mean).clamp(0, 1))
 
-    def finish(self, teacher_accuracy, replay_bytes=0):
+    def finish(self, teacher_accuracy):
         """Write student.pt and, last of all, result.json; return the result."""
-        args = self.args
+        args, memory = self.args, self.objects.get("memory")
         curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
         result = dict(
             method=args.method, dataset=args.dataset, teacher=args.teacher_arch, student=args.student_arch,
@@ -329,10 +434,10 @@ class Run:
             accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
-            replay_bytes=replay_bytes, seconds=round(self.seconds(), 1), args=vars(args),
+            replay_bytes=memory.bytes() if memory else 0, seconds=round(self.seconds(), 1), args=vars(args),
             torch_version=torch.__version__, git_commit=git_commit(),
         )  # fmt: skip
-        write(self.out / "student.pt", serialise(self.objects["student"].state_dict()))
+        write(self.out / "student.pt", serialise(self.objects["S"].state_dict()))
         write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
 
@@ -439,11 +544,15 @@ def integer(least):
     return parse
 
 
-def positive(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def number(zero=False):
+    def parse(text):
+        value = float(text)
+        if not 0 <= value < float("inf") or value == 0 and not zero:
+            raise argparse.ArgumentTypeError(f"{text} is not a {'number of at least 0' if zero else 'positive number'}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
 
 
 class Parser(argparse.ArgumentParser):
@@ -470,15 +579,26 @@ def parse(argv):
     add = parser.add_argument_group("schedule (defaults of each method: below)").add_argument
     add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU, or the authors' own")
     add("--steps", type=integer(1), metavar="N", help="steps of the student")
-    add("--generator-steps", type=integer(1), metavar="N", help="steps of the generator before the student's first")
+    add("--student-steps", type=integer(1), metavar="N", help="steps of the student for each of the generator (dafl, mskd, pre)")
+    add("--generator-steps", type=integer(1), metavar="N", help="steps of the generator before the student's first (rdskd)")
     add("--batch", type=integer(2), metavar="N", help="images per step")
     add("--latent", type=integer(1), metavar="D", help="dimension of the generator's latents z")
     add("--width", type=integer(2), metavar="N", help="channels of the generator's first convolution; the second has half")
-    add("--generator-lr", type=positive, metavar="LR", help="learning rate of the generator")
-    add("--student-lr", type=positive, metavar="LR", help="learning rate of the student")
+    add("--generator-lr", type=number(), metavar="LR", help="learning rate of the generator")
+    add("--student-lr", type=number(), metavar="LR", help="learning rate of the student")
     add("--student-decay", choices=("none", "cosine"), help="the student's learning rate over its steps")
-    add("--temperature", type=positive, metavar="TAU", help="temperature of the distillation loss")
+    add("--temperature", type=number(zero=True), metavar="TAU", help="of the distillation loss; 0: mean |S(x) - T(x)|, as pre has it")
+    add("--loss-weights", type=float, nargs=3, metavar=("A", "B", "C"), help="of L_oh, L_ie and the third term (dafl, mskd, pre)")
     add("--eval-every", type=integer(1), metavar="N", help="student steps between evaluations, which are also checkpoints (default: 1/25 of --steps)")
+
+    add = parser.add_argument_group("replay, for methods with a generator").add_argument
+    add("--replay", choices=("none", "vae", "bank"), help="what brings earlier samples back (default: none; pre: vae)")
+    add("--memory-latent", type=integer(1), metavar="D", help=f"latent dimension of the VAE (default: {MEMORY['memory_latent']})")
+    add("--memory-width", type=integer(2), metavar="N", help=f"channels of the VAE's widest convolution (default: {MEMORY['memory_width']})")
+    add("--bank-size", type=integer(1), metavar="N", help=f"images that the bank holds at most (default: {MEMORY['bank_size']})")
+    switch = argparse.BooleanOptionalAction
+    add("--teacher-term", action=switch, help="the teacher's outputs in the VAE's reconstruction loss (default: yes)")
+    add("--balanced", action=switch, help="category-balanced inference of memory samples (default: yes)")
 
     add = parser.add_argument_group("the teacher that is trained here").add_argument
     add("--teacher-epochs", type=integer(1), metavar="N", help="epochs over the real training images (default: glyphs 4, mnist 10)")
@@ -496,10 +616,14 @@ def parse(argv):
 
     args = parser.parse_args(argv)
     schedules = SCHEDULES[args.method]
-    schedule = {**schedules[args.schedule], **schedules.get(f"{args.schedule} {args.dataset}", {})}
-    for key, value in schedule.items():
+    numbers = {**schedules[args.schedule], **schedules.get(f"{args.schedule} {args.dataset}", {})}
+    if "width" in numbers:
+        numbers = {**MEMORY, **numbers}
+    for key in {k for s in SCHEDULES.values() for k in s["default"]} | set(MEMORY):
         if getattr(args, key) is None:
-            setattr(args, key, value)
+            setattr(args, key, numbers.get(key))
+        elif key not in numbers:
+            parser.error(f"--{key.replace('_', '-')} means nothing to --method {args.method}")
     args.eval_every = args.eval_every or max(1, args.steps // 25)
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
@@ -507,6 +631,8 @@ def parse(argv):
     args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS[args.dataset]
     if args.no_eval and not args.teacher:
         parser.error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
+    if args.no_eval and args.method == "kd":
+        parser.error("--method kd distils on real images, --no-eval touches none")
     if args.teacher and not Path(args.teacher).is_file():
         parser.error(f"--teacher {args.teacher}: no such file")
     for arch in (args.teacher_arch, args.student_arch):
@@ -582,8 +708,18 @@ def distil(args):
 
     teacher_accuracy = evaluate(teacher)
     run = Run(args, lambda: evaluate(student))
-    METHODS[args.method](args, teacher, student, run)
+    METHODS[args.method](args, teacher, student, run, *controls(args, real))
     summary(run.finish(teacher_accuracy), out)
+
+
+def controls(args, real):
+    """What `noise` and `kd` draw instead of generated images; nothing for a method of data-free distillation."""
+    if args.method == "noise":
+        return [lambda: torch.randn(args.batch, channels(args), 32, 32, device=args.device)]
+    if args.method == "kd":
+        count = len(real.train_images)
+        return [lambda: data.normalise(real.train_images[torch.randint(count, (args.batch,))].to(args.device), args.dataset)]
+    return []
 
 
 def summary(result, out):

@@ -1,0 +1,187 @@
+"""Replay: what the student saw earlier comes back, from a VAE that models it (PRE-DFKD) or from a bank of stored samples.
+
+    [P] the paper's text,  [C] the authors' public code,  [I] our reading where neither settles it.
+
+Notation as in generators.py; further E, M: the VAE's encoder and decoder; x_hat = M(z) with z ~ N(mu, sigma^2), the
+reconstruction of x; mu, log_var = E(x), each (B, d).
+
+Reference
+    PRE-DFKD     Binici et al., AAAI 2022                https://arxiv.org/abs/2201.03019
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from generators import Generator, dafl_loss
+
+# ---------------------------------------------------------------- the VAE
+
+
+class Encoder(nn.Module):
+    """E: x (B, C, H, W) -> mu, log_var (B, d) each; the network of PRE-DFKD's code [C], where width = 128.
+
+    The second positional argument of BatchNorm is its eps, 0.8, as in `Generator` [C]; x1/2 resampling is nearest [I].
+    """
+
+    def __init__(self, latent_dim, channels, image_size=32, width=128):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width // 2, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(width // 2, eps=0.8)
+        self.conv2 = nn.Conv2d(width // 2, width, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(width, eps=0.8)
+        self.conv3 = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.mu = nn.Linear(width * (image_size // 8) ** 2, latent_dim)
+        self.log_var = nn.Linear(width * (image_size // 8) ** 2, latent_dim)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2, inplace=True)  # (B, 64, H, W)
+        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2, inplace=True)[..., ::2, ::2]  # (B, 128, H/2, W/2)
+        x = self.bn3(self.conv3(x))[..., ::2, ::2]  # (B, 128, H/8, W/8)
+        x = x.flatten(1)
+        return self.mu(x).float(), self.log_var(x).float()
+
+
+class VAE(nn.Module):
+    """Encoder E and decoder M, the generator's network without spectral norm [C].
+
+    The authors' latent of 1000 makes M's linear layer alone 33 MB; the paper's 2.1 MB needs about 32 to 64 [I].
+    """
+
+    def __init__(self, latent_dim, channels, image_size=32, width=128):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.encoder = Encoder(latent_dim, channels, image_size, width)
+        self.decoder = Generator(latent_dim, channels, image_size, width)
+
+    def forward(self, x):
+        mu, log_var = self.encoder(x)
+        return self.decoder(reparametrise(mu, log_var)), mu, log_var
+
+
+def reparametrise(mu, log_var):
+    """z = mu + sigma eps, eps ~ N(0, I): a sample of N(mu, sigma^2) that gradients pass through."""
+    return mu + (log_var / 2).exp() * torch.randn_like(mu)
+
+
+def reconstruction_loss(images, reconstructed, logits, reconstructed_logits):
+    """L_rec = mean |x - x_hat| + mean |T(x) - T(x_hat)|: the synthetic data-aware reconstruction loss [P, C].
+
+    images, reconstructed (B, C, H, W), logits, reconstructed_logits (B, K) -> scalar. The second term is there because
+    synthetic images lose their class with small changes of their pixels [P].
+    """
+    return F.l1_loss(reconstructed, images) + F.l1_loss(reconstructed_logits, logits)
+
+
+def kl_divergence(mu, log_var):
+    """KL( N(mu, sigma^2) || N(0, I) ) = mean_b( -1/2 sum_d (1 + log sigma^2 - mu^2 - sigma^2) ) [C].
+
+    mu, log_var (B, d) -> scalar >= 0. L_vae = L_rec + 1e-5 times this [C].
+    """
+    return (-(1 + log_var - mu**2 - log_var.exp()) / 2).sum(1).mean()
+
+
+def latent_balance_loss(z, logits):
+    """L_oh + 5 L_ie + MSE(var(z), 1) + MSE(mean(z), 0): category-balanced inference's objective [P, C].
+
+    z (B, d), logits (B, K) = T(M(z)) -> scalar. Statistics are per dimension over the batch; L_ie is in log10, as
+    everywhere in PRE-DFKD's code [C].
+    """
+    var, mean = torch.var_mean(z, 0)
+    features = z.new_zeros(1)
+    return dafl_loss(logits, features, 1, 5, 0) + ((var - 1) ** 2).mean() + (mean**2).mean()
+
+
+def balanced_latents(z, decoder, teacher, lr):
+    """Category-balanced inference of memory samples: z takes one Adam step on `latent_balance_loss` [P, C].
+
+    z (B, d) ~ N(0, I) -> (B, d), without gradient.
+    """
+    z = z.detach().requires_grad_()
+    optimiser = torch.optim.Adam([z], lr)
+    latent_balance_loss(z, teacher(decoder(z))).backward(inputs=[z])
+    optimiser.step()
+    return z.detach()
+
+
+class PseudoReplay(nn.Module):
+    """A memory that stores no sample: a VAE is trained on novel images and on its own, and drawn from (PRE-DFKD).
+
+    `teacher_term` and `balanced` switch off what the paper ablates. Draws use M in eval mode [I].
+    """
+
+    def __init__(self, vae, lr, latent_lr, teacher_term=True, balanced=True):
+        super().__init__()
+        self.vae, self.latent_lr = vae, latent_lr
+        self.teacher_term, self.balanced = teacher_term, balanced
+        self.optimiser = torch.optim.Adam(vae.parameters(), lr, fused=True)
+
+    def bytes(self):
+        return sum(p.numel() * p.element_size() for p in self.vae.parameters())
+
+    def recall(self, count, teacher):
+        """x_mem = M(z), z ~ N(0, I) after category-balanced inference: (count, C, H, W), no gradient."""
+        decoder = self.vae.decoder.eval()
+        z = torch.randn(count, self.vae.latent_dim, device=decoder.linear.weight.device)
+        if self.balanced:
+            z = balanced_latents(z, decoder, teacher, self.latent_lr)
+        with torch.no_grad():
+            return decoder(z)
+
+    def learn(self, novel, teacher, rehearse):
+        """One step of E and M on half of the novel batch and B/8 samples of their own, in the first round without [C]."""
+        x = novel[: (len(novel) + 1) // 2]
+        if rehearse:
+            x = torch.cat([x, self.recall(share(novel), teacher)])
+        self.vae.train()
+        x_hat, mu, log_var = self.vae(x)
+        L_rec = reconstruction_loss(x, x_hat, teacher(x), teacher(x_hat)) if self.teacher_term else F.l1_loss(x_hat, x)
+        L_vae = L_rec + 1e-5 * kl_divergence(mu, log_var)
+        self.optimiser.zero_grad()
+        L_vae.backward()
+        self.optimiser.step()
+        return L_vae
+
+    def get_extra_state(self):
+        return self.optimiser.state_dict()
+
+    def set_extra_state(self, state):
+        self.optimiser.load_state_dict(state)
+
+
+def share(novel):
+    """B/8, the number of memory samples beside a batch of B novel ones [C]; at least 2, for the batch statistics."""
+    return max(2, len(novel) // 8)
+
+
+# ---------------------------------------------------------------- the bank that it is compared with
+
+
+class Bank(nn.Module):
+    """A bounded store of earlier samples: new ones replace old ones at random, draws are uniform.
+
+    The straightforward replay that PRE-DFKD argues against, as in its baseline MB-DFKD [P]; what is stored when is our
+    choice [I]. It has the verbs of `PseudoReplay`, so that one line of the loop switches between them.
+    """
+
+    def __init__(self, capacity, channels, image_size=32):
+        super().__init__()
+        self.register_buffer("images", torch.zeros(capacity, channels, image_size, image_size))
+        self.register_buffer("filled", torch.tensor(0))
+
+    def bytes(self):
+        return self.images[: int(self.filled)].nbytes
+
+    def recall(self, count, teacher):
+        """`count` stored images, drawn uniformly with replacement."""
+        return self.images[torch.randint(int(self.filled), (count,), device=self.images.device)]
+
+    def learn(self, novel, teacher, rehearse):
+        """Store B/8 novel images: in free places first, then in place of random earlier ones."""
+        filled = int(self.filled)
+        x = novel[: min(share(novel), len(self.images))]
+        free = torch.arange(filled, min(filled + len(x), len(self.images)), device=x.device)
+        others = torch.randperm(filled, device=x.device)[: len(x) - len(free)]
+        self.images[torch.cat([free, others])] = x.detach()
+        self.filled += len(free)
