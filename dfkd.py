@@ -42,10 +42,10 @@ EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch
 SCHEDULES = {
     "rdskd": {
         "default": dict(
-            batch=64, latent=100, width=48, generator_steps=1200, generator_lr=1e-3,
-            steps=6000, student_lr=1e-2, student_decay="cosine", temperature=10.0,
+            batch=64, latent=100, width=64, generator_steps=1000, generator_lr=1e-3,
+            steps=5000, student_lr=1e-2, student_decay="cosine", temperature=10.0,
         ),
-        "default mnist": dict(generator_steps=1500, steps=20_000),
+        "default mnist": dict(steps=16_000),
         "paper": dict(
             batch=512, latent=100, width=128, generator_steps=20 * EPOCH, generator_lr=1e-3,
             steps=1000 * EPOCH, student_lr=2e-3, student_decay="none", temperature=10.0, eval_every=10 * EPOCH,
@@ -483,6 +483,8 @@ def write(path, content):
     try:
         part.write_bytes(content)
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -137,14 +137,14 @@ def diversity_seeking_loss(images, logits):
 
     images (B, C, H, W), logits (B, K) -> scalar >= 0. x_1, x_2 are the halves of the batch, p_1, p_2 the teacher's
     softmax outputs on them, ||.|| the Frobenius norm over a whole half-batch. RDSKD [C]. The last image of an odd batch
-    is left out [I]. Written as ||p_2 - p_1|| / (||x_2 - x_1|| + 1e-20): equal to rounding, and also finite, with finite
-    gradients, when the halves are identical (the formula above is then 0/0) [I].
+    is left out [I]. Written as ||p_2 - p_1|| / max(||x_2 - x_1||, 1e-20): equal to rounding, and also finite, with
+    finite gradients, when the halves are identical, where the formula above is 0/0 [I].
     """
     half = len(images) // 2
     p = logits.softmax(1)
     distance_x = vector_norm(images[half : 2 * half] - images[:half])
     distance_p = vector_norm(p[half : 2 * half] - p[:half])
-    return distance_p / (distance_x + 1e-20)
+    return distance_p / distance_x.clamp_min(1e-20)
 
 
 def rdskd_loss(images, logits, reference):
@@ -179,7 +179,7 @@ def mode_seeking_loss(images, z):
     half = len(images) // 2
     distance_x = vector_norm(images[half : 2 * half] - images[:half])
     distance_z = vector_norm(z[half : 2 * half] - z[:half])
-    return distance_z / (distance_x + 1e-5 * distance_z + 1e-20)  # 1e-20: finite also when both distances are 0
+    return distance_z / (distance_x + 1e-5 * distance_z).clamp_min(1e-20)  # finite also where both distances are 0
 
 
 # ---------------------------------------------------------------- PRE-DFKD

@@ -98,7 +98,7 @@ def balanced_latents(z, decoder, teacher, lr):
 
     z (B, d) ~ N(0, I) -> (B, d), without gradient.
     """
-    z = z.detach().requires_grad_()
+    z = z.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([z], lr)
     latent_balance_loss(z, teacher(decoder(z))).backward(inputs=[z])
     optimiser.step()

@@ -3,6 +3,7 @@
 #
 #   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS
 #   ./run.sh test        the tests
+#   ./run.sh bench       milliseconds per step, against the plain form of the same networks
 #
 # Where the current python3 (or $PYTHON) already has torch, it is used as it is; else everything goes into .venv.
 set -euo pipefail
@@ -47,9 +48,13 @@ case "${1:-}" in
         set_up pytest pytest
         exec "$python" -m pytest -q -p no:cacheprovider test_dfkd.py "$@"
         ;;
+    bench)
+        set_up pytest pytest
+        exec "$python" test_dfkd.py
+        ;;
     "" | -*)
         set_up sys
         exec "$python" dfkd.py --method rdskd "$@"
         ;;
-    *) fail "unknown job '$1'; the jobs are: test, or none for the main job" ;;
+    *) fail "unknown job '$1'; the jobs are test, bench, or none for the main job" ;;
 esac

@@ -25,6 +25,7 @@ import data
 import dfkd
 import generators as g
 import models
+import replay
 
 HERE = Path(__file__).parent
 
@@ -247,6 +248,70 @@ def test_unknown_networks_are_refused(name):
         models.build(name)
 
 
+# ---------------------------------------------------------------- replay
+
+
+def test_vae_losses_equal_their_formulas():
+    x, x_hat, t, t_hat, mu, log_var = (torch.randn(4, n, dtype=torch.float64) for n in (9, 9, 3, 3, 5, 5))
+    expected = (x - x_hat).abs().mean() + (t - t_hat).abs().mean()
+    assert replay.reconstruction_loss(x, x_hat, t, t_hat).item() == pytest.approx(expected.item())
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(0.0, 1.0)).sum(1).mean()
+    assert replay.kl_divergence(mu, log_var).item() == pytest.approx(kl.item())
+    assert replay.kl_divergence(torch.zeros(4, 5), torch.zeros(4, 5)).item() == 0
+
+
+def test_reparametrisation_samples_its_distribution():
+    mu, log_var = torch.tensor([1.0, -2.0]).repeat(20_000, 1), torch.tensor([0.0, 2.0]).repeat(20_000, 1)
+    z = replay.reparametrise(mu, log_var)
+    assert torch.allclose(z.mean(0), mu[0], atol=0.1) and torch.allclose(z.var(0).log(), log_var[0], atol=0.1)
+
+
+def test_vae_shapes_and_size():
+    for channels in (1, 3):
+        vae = replay.VAE(10, channels, image_size=16, width=8)
+        x_hat, mu, log_var = vae(torch.randn(4, channels, 16, 16))
+        assert x_hat.shape == (4, channels, 16, 16) and mu.shape == log_var.shape == (4, 10)
+    M = dfkd.MEMORY
+    memory = replay.PseudoReplay(replay.VAE(M["memory_latent"], 3, width=M["memory_width"]), 1e-3, 0.02)
+    assert memory.bytes() < 2.1e6  # the paper's VAE
+
+
+def test_balanced_inference_balances():
+    M, T = g.Generator(10, 1, width=8).eval(), models.build("lenet5").eval().requires_grad_(False)
+    z = torch.randn(64, 10)
+    moved = replay.balanced_latents(z, M, T, 0.05)
+    before, after = (T(M(v)) for v in (z, moved))
+    assert replay.latent_balance_loss(moved, after) < replay.latent_balance_loss(z, before)
+    assert (moved - z).abs().max().item() == pytest.approx(0.05, rel=1e-3)  # Adam's first step is lr sign(gradient)
+    skewed = 20 * T(M(z))  # a teacher that is sure, of few classes
+    for _ in range(20):
+        z = replay.balanced_latents(z, M, lambda x: 20 * T(x), 0.05)
+    assert g.information_entropy_loss(20 * T(M(z))) < g.information_entropy_loss(skewed)  # the entropy has risen
+    assert all(p.grad is None for p in M.parameters())
+
+
+def test_pseudo_replay_learns_its_images():
+    T = models.build("lenet5").eval().requires_grad_(False)
+    memory = replay.PseudoReplay(replay.VAE(8, 1, width=8), 5e-3, 0.02)
+    novel = data.normalise(data.to_32x32(data.glyphs(32, 0)[0]), "glyphs")
+    losses = [memory.learn(novel, T, rehearse=step > 0).item() for step in range(60)]
+    assert losses[-1] < 0.8 * losses[0]
+    x = memory.recall(16, T)
+    assert x.shape == (16, 1, 32, 32) and not x.requires_grad
+
+
+def test_the_bank_is_bounded_and_draws_uniformly():
+    bank = replay.Bank(10, 1, image_size=4)
+    for i in range(1, 40):
+        bank.learn(torch.full((24, 1, 4, 4), float(i)), None, rehearse=True)  # stores 3
+        assert int(bank.filled) == min(3 * i, 10) and bank.bytes() == min(3 * i, 10) * 16 * 4
+    assert bank.images.min() > 1  # the first ones were replaced
+    bank.images[:] = torch.arange(10.0).view(10, 1, 1, 1)
+    counts = bank.recall(10_000, None)[:, 0, 0, 0].long().bincount(minlength=10)
+    assert counts.min() > 850 and counts.max() < 1150
+
+
 # ---------------------------------------------------------------- data sets
 
 
@@ -302,7 +367,7 @@ def mnist(tmp_path):
 def test_idx_files_are_read(mnist):
     real = data.load("mnist", mnist.parent)
     content = (mnist / "t10k-images-idx3-ubyte").read_bytes()[16:]
-    assert torch.equal(real.test_images, data.to_32x32(np.frombuffer(content, np.uint8).reshape(20, 28, 28)))
+    assert torch.equal(real.test_images, data.to_32x32(np.frombuffer(content, np.uint8).reshape(20, 28, 28).copy()))
     assert real.train_images.shape == (30, 1, 32, 32) and real.train_labels.dtype == torch.int64
     labels = gzip.decompress((mnist / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
     assert real.train_labels.tolist() == list(labels)
@@ -425,7 +490,7 @@ def test_png_holds_the_images():
     assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
 
 
-@pytest.mark.parametrize("calls", [2, 9, 20], ids=["at the start", "generator", "student"])
+@pytest.mark.parametrize("calls", [2, 9, 16], ids=["at the start", "generator", "student"])
 def test_resume_equals_uninterrupted(command, tmp_path, monkeypatch, calls, capsys):
     assert dfkd.main(command("whole")) == 0
     minimise, left = dfkd.minimise, [calls - 2]
@@ -469,6 +534,27 @@ def test_rdskd_teaches_the_student(command, tmp_path):
     assert dfkd.main(command("a", *flags)) == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["accuracy_last"] > 35  # chance is 10
+
+
+COMBINATIONS = [(method, memory) for method in ("rdskd", "dafl", "mskd", "pre") for memory in ("none", "vae", "bank")]
+
+
+@pytest.mark.parametrize("method, memory", [*COMBINATIONS, ("noise", None), ("kd", None)])
+def test_every_method_and_replay_trains_its_student(teacher_dir, tmp_path, method, memory):
+    flags = "--steps 100 --eval-every 25 --batch 16 --student-lr 5e-3 --student-decay none --precision fp32".split()
+    flags += ["--method", method, "--teacher-dir", str(teacher_dir), "--out", str(tmp_path)]
+    if memory:
+        flags += ["--replay", memory, "--width", "8", "--latent", "10", "--memory-width", "8"]
+        flags += ["--generator-steps", "20"] if method == "rdskd" else ["--student-steps", "5", "--generator-lr", "1e-3"]
+        flags += ["--bank-size", "20"] if memory == "bank" else []
+    assert dfkd.main(flags) == 0
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert float(rows[-1]["L_kd"]) < float(rows[0]["L_kd"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["replay_bytes"] == {"bank": 20 * 32 * 32 * 4, "vae": result["replay_bytes"]}.get(memory, 0)
+    if memory == "vae":
+        dfkd.main([*flags, "--resume"])  # the memory's state is in the checkpoint
+        assert result["replay_bytes"] > 1000
 
 
 @pytest.fixture
@@ -604,7 +690,102 @@ def test_resume_refuses_other_arguments(command, capsys):
 
 
 def test_the_readme_names_functions_that_exist():
-    names = re.findall(r"`(generators|replay|models|data|dfkd)\.(\w+)", (HERE / "README.md").read_text())
+    names = re.findall(r"`(generators|replay|models|data|dfkd)\.(?!py\b)(\w+)", (HERE / "README.md").read_text())
     assert len(names) > 10
     for module, name in names:
         assert hasattr(sys.modules[module], name), f"{module}.{name}"
+
+
+# ---------------------------------------------------------------- ./run.sh bench
+
+
+class Stopwatch:
+    """Stands in for dfkd.Run: times the steps of a loop, without the first one of each stage."""
+
+    def __init__(self):
+        self.state, self.ms = {}, {}
+
+    def track(self, **objects):
+        pass
+
+    def log(self, **terms):
+        pass
+
+    def steps(self, stage, count, evaluate=False):
+        times = []
+        for step in range(count + 1):
+            begun = time.perf_counter()
+            yield step
+            times.append(1000 * (time.perf_counter() - begun))
+        self.ms[stage] = float(np.median(times[1:]))
+
+
+def plain_generator(args, spectral_norm=False):
+    """The generator as the authors' code computes it: nearest upsampling, then convolution; float32, NCHW."""
+    G = g.Generator(args.latent, 1, width=args.width)
+    for name in ("conv1", "conv2"):
+        ours = getattr(G, name)
+        plain = torch.nn.Conv2d(ours.in_channels, ours.out_channels, 3, padding=1)
+        plain.load_state_dict(ours.state_dict())
+        setattr(G, name, torch.nn.Sequential(torch.nn.Upsample(scale_factor=2), plain))
+    return G
+
+
+def test_the_plain_generator_is_the_same_function():
+    args, z = dfkd.parse(["--precision", "fp32"]), torch.randn(4, 100)
+    torch.manual_seed(0)
+    ours = dfkd.generator(args)
+    torch.manual_seed(0)
+    assert torch.allclose(plain_generator(args)(z), ours(z), atol=1e-4)
+
+
+def step_times(path, steps):
+    """Milliseconds of one generator step and one student step of `dfkd.rdskd`, batch 512, the paper's networks."""
+    flags = ["--schedule", "paper", "--generator-steps", str(steps), "--steps", str(steps)]
+    args = dfkd.parse(flags + (["--precision", "fp32"] if path == "plain" else []))
+    teacher, student = models.build("lenet5").eval().requires_grad_(False), models.build("lenet5_half")
+    watch, ours = Stopwatch(), dfkd.generator
+    if path == "plain":
+        dfkd.generator = plain_generator
+    else:
+        teacher, student = (net.to(args.device, memory_format=torch.channels_last) for net in (teacher, student))
+    try:
+        dfkd.rdskd(args, teacher, student, watch)
+    finally:
+        dfkd.generator = ours
+    return watch.ms["generator"], watch.ms["student"]
+
+
+def bare_rate(dtype):
+    """GFLOP/s of the generator's larger convolution alone, forward, in the form and the precision that G computes it in."""
+    x = torch.randn(512, 128, 16, 16).to(dtype, memory_format=torch.channels_last)
+    v = torch.randn(128, 64, 4, 4).to(dtype)
+    times = []
+    with torch.inference_mode():
+        for _ in range(6):
+            begun = time.perf_counter()
+            F.conv_transpose2d(x, v, stride=2, padding=1)
+            times.append(time.perf_counter() - begun)
+    return 512 * 1024 * 128 * 64 * 4 * 2 / np.median(times[1:]) / 1e9
+
+
+def bench():
+    """Time the default path against plain float32 NCHW: the same loop, the same networks, one process."""
+    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "?")
+    precision = dfkd.parse([]).precision
+    print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, default precision {precision}")
+    print("RDSKD, batch 512, generator of width 128, LeNet-5 -> half; median milliseconds per step")
+    plain, default = step_times("plain", 3), step_times("default", 8)
+    rate = bare_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
+    # multiplications and additions of the three convolutions per image as computed, with 4 taps after upsampling
+    work = 512 * 2 * (16**2 * 128 * 128 * 4 + 32**2 * 128 * 64 * 4 + 32**2 * 64 * 9) / 1e9
+    for name, passes, a, b in zip(("generator", "student"), (3, 1), plain, default):
+        reached = passes * work / (b / 1000)
+        print(f"{name:<10} plain {a:6.0f}   default {b:6.0f}   {a / b:.1f} times as fast   {reached:.0f} GFLOP/s in G's "
+              f"convolutions, {100 * reached / rate:.0f} % of the bare convolution's {rate:.0f}")  # fmt: skip
+    for name, a, b in zip(("generator", "student"), plain, default):
+        print(f"{name}_step plain_ms={a:.1f} default_ms={b:.1f} ratio={a / b:.2f}")
+
+
+if __name__ == "__main__":
+    bench()
