@@ -3,7 +3,7 @@
     data = load("mnist", "datasets")        # images uint8 (N, C, 32, 32), labels int64 (N,)
     x = normalise(data.test_images, "mnist")  # float32, zero mean and unit variance per channel
 
-Only teacher training, the `kd` upper bound and evaluation read this module: distillation has no access to real images.
+Only teacher training, the `kd` upper bound and evaluation are given images. Distillation knows `INFO` and nothing else.
 Every malformed file raises DataError with one line that names the file and says what to do.
 """
 

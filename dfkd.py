@@ -37,8 +37,9 @@ import replay
 EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch
 
 # Every number of a method, as flags without their dashes; a flag on the command line overrides it.
-# `default` is ours: minutes on two CPU cores. `paper` is the authors' own. A further entry named after a data set
-# holds what differs there.
+# `default` is ours: minutes on two CPU cores. `paper` is the authors' own, for MNIST [C], but for what the papers leave
+# open [I]: PRE-DFKD's Adam lr of S and its cosine's step; all of MSKD. A further entry named after a data set holds what
+# differs there. temperature 0 stands for PRE-DFKD's mean |S(x) - T(x)|.
 SCHEDULES = {
     "rdskd": {
         "default": dict(
@@ -58,7 +59,8 @@ SCHEDULES = {
         ),
         "paper": dict(
             batch=1024, latent=1000, width=128, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
-            steps=400 * 36 * 10, student_lr=2e-3, student_decay="cosine", temperature=0.0, replay="vae", eval_every=360,
+            steps=400 * 36 * 10, student_lr=2e-3, student_decay="cosine", temperature=0.0, replay="vae",
+            memory_latent=1000, memory_width=128, eval_every=36 * 10,
         ),
     },
     "dafl": {
@@ -77,10 +79,15 @@ SCHEDULES = {
 SCHEDULES["mskd"] = SCHEDULES["dafl"]
 for same in ("noise", "kd"):
     SCHEDULES[same]["paper"] = SCHEDULES[same]["default"]  # controls of ours
-MEMORY = dict(replay="none", memory_latent=32, memory_width=48, bank_size=4096, teacher_term=True, balanced=True)
+# Replay, for every method with a generator. PRE-DFKD's lr of G is 0.02: the VAE has 1/40 of it, the latents all of it [C].
+# The VAE's size is ours: below the paper's 2.1 MB.
+MEMORY = dict(
+    replay="none", memory_latent=32, memory_width=48, memory_lr=0.02 / 40, latent_lr=0.02, bank_size=4096,
+    teacher_term=True, balanced=True,
+)  # fmt: skip
 
 TEACHERS = {"glyphs": "lenet5", "mnist": "lenet5"}
-STUDENTS = {"lenet5": "lenet5_half"}
+STUDENTS = {"lenet5": "lenet5_half", "alexnet": "alexnet_half", "resnet34": "resnet18", "wrn-40-2": "wrn-16-1"}
 TEACHER_EPOCHS = {"glyphs": 4, "mnist": 10}
 TEACHER_LR, TEACHER_BATCH = 3e-3, 128
 
@@ -105,12 +112,14 @@ def rdskd(args, teacher, student, run):
     for step in run.steps("generator", args.generator_steps):
         x = G(latents(args))
         t = teacher(x)
-        L_oh, L_ie = generators.one_hot_loss(t), generators.information_entropy_loss(t)
         L_G = generators.rdskd_loss(x, t, reference)
         minimise(L_G, optimiser_G)
-        if step % EPOCH == 1:  # renewed once per epoch, from its second iteration [C, as we read it]
-            reference.copy_(torch.stack([L_oh, L_ie]).detach())
-        run.log(L_G=L_G, L_oh=L_oh, L_ie=L_ie, L_ds=generators.diversity_seeking_loss(x, t))
+        with torch.no_grad():
+            L_oh, L_ie = generators.one_hot_loss(t), generators.information_entropy_loss(t)
+            L_ds = generators.diversity_seeking_loss(x, t)
+            if step % EPOCH == 1:  # from the second iteration of an epoch [C], kept for a whole epoch [I]
+                reference.copy_(torch.stack([L_oh, L_ie]))
+        run.log(L_oh=L_oh, L_ie=L_ie, L_ds=L_ds, L_G=L_G)
         if memory:
             memory.learn(x.detach(), teacher, rehearse=step > 0)
 
@@ -125,7 +134,11 @@ def rdskd(args, teacher, student, run):
 
 
 def joint(args, teacher, student, run):
-    """DAFL, MSKD, PRE-DFKD [C]: rounds of one step of G, then `student_steps` of S, the memory trained after the first 4."""
+    """DAFL, PRE-DFKD [C], MSKD [I]: rounds of one step of G, then `student_steps` of S, the memory trained after the first 4.
+
+    The first step of S takes the batch that G was just trained on: DAFL's code does so [C], for PRE-DFKD it saves a batch
+    [I]. S sees memory samples from the second round on, when the memory has learned something [I].
+    """
     G = generator(args, spectral_norm=args.method == "pre")
     optimiser_G = adam(G, args.generator_lr)
     optimiser_S, decay_S = student_optimiser(student, args)
@@ -159,14 +172,15 @@ def generator_objective(args, z, x, teacher, student):
     t, f = teacher(x, return_features=True)
     a, b, c = args.loss_weights
     if args.method == "mskd":
-        return generators.dafl_loss(t, f, a, b, 0) + c * generators.mode_seeking_loss(x, z)
+        class_terms = generators.dafl_loss(t, f, a, b, c=0)
+        return class_terms + c * generators.mode_seeking_loss(x, z)
     if args.method == "pre":
         return generators.dafl_loss(t, f, a, b, c) + generators.js_disagreement_loss(student(x), t)
     return generators.dafl_loss(t, f, a, b, c)
 
 
 def transfer(args, teacher, student, run, draw):
-    """The controls: S learns from T's outputs on what `draw` gives, Gaussian noise or, for `kd`, real images."""
+    """The controls at both ends: S learns from T's outputs on what `draw` gives, Gaussian noise or, for `kd`, real images."""
     optimiser_S, decay_S = student_optimiser(student, args)
     run.track(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
     for _ in run.steps("student", args.steps, evaluate=True):
@@ -202,7 +216,7 @@ def replay_memory(args):
         vae.to(args.device, memory_format=torch.channels_last)
         for part in (vae.encoder, vae.decoder):
             in_precision(part, args)
-        return replay.PseudoReplay(vae, args.generator_lr / 40, args.generator_lr, args.teacher_term, args.balanced)
+        return replay.PseudoReplay(vae, args.memory_lr, args.latent_lr, args.teacher_term, args.balanced)
 
 
 def channels(args):
@@ -311,7 +325,7 @@ def train_teacher(real, args):
     net = build(args.teacher_arch, args)
     optimiser = adam(net, TEACHER_LR)
     count, begun = len(real.train_labels), time.perf_counter()
-    per_epoch = count // TEACHER_BATCH
+    per_epoch = max(1, count // TEACHER_BATCH)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, TEACHER_LR, args.teacher_epochs * per_epoch)
     for epoch in range(1, args.teacher_epochs + 1):
         order = torch.randperm(count)[: per_epoch * TEACHER_BATCH]
@@ -350,9 +364,13 @@ class Run:
         self.saved, self.begun = {}, time.perf_counter()
         if args.resume and (self.out / "checkpoint.pt").exists():
             self.saved = load_file(self.out / "checkpoint.pt")
-            self.check_arguments(self.saved["args"])
-            self.position, self.rows, self.state = (self.saved[k] for k in ("position", "rows", "state"))
-            self.begun -= self.saved["seconds"]
+            try:
+                self.check_arguments(self.saved["args"])
+                self.position, self.rows, self.state = (self.saved[k] for k in ("position", "rows", "state"))
+                self.state = {k: v.to(args.device) for k, v in self.state.items()}
+                self.begun -= self.saved["seconds"]
+            except (KeyError, TypeError, AttributeError):
+                raise RunError(f"{self.out}/checkpoint.pt: no checkpoint of this program; run without --resume") from None
 
     def check_arguments(self, before):
         now = numbers_of(self.args)
@@ -360,7 +378,7 @@ class Run:
         if changed:
             k = changed[0]
             flag = f"--{k.replace('_', '-')}"
-            raise RunError(f"{self.out}: began with {flag} {before.get(k)}, now {now.get(k)}; give the same arguments")
+            raise RunError(f"{self.out}: began with {flag} {before.get(k)}, now {now.get(k)}; give the same to resume")
 
     def track(self, **objects):
         """Name everything with a state_dict that a checkpoint must hold; a resumed run gets it back here."""
@@ -434,7 +452,7 @@ class Run:
             accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
-            replay_bytes=memory.bytes() if memory else 0, seconds=round(self.seconds(), 1), args=vars(args),
+            replay_bytes=memory.bytes() if memory else 0, seconds=round(self.seconds(), 1), args=numbers_of(args),
             torch_version=torch.__version__, git_commit=git_commit(),
         )  # fmt: skip
         write(self.out / "student.pt", serialise(self.objects["S"].state_dict()))
@@ -535,11 +553,11 @@ def git_commit():
 # ---------------------------------------------------------------- the command line
 
 
-def integer(least):
+def integer(least, most=2**31 - 1):
     def parse(text):
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small, at least {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
         return value
 
     parse.__name__ = "integer"  # argparse says "invalid integer value"
@@ -575,7 +593,7 @@ def parse(argv):
     add("--data-dir", default="datasets", metavar="DIR", help="folder with a folder per data set; downloads go there (default: datasets)")
     add("--teacher", metavar="FILE", help="the teacher's state dict; without it, one is trained and kept in --teacher-dir")
     add("--teacher-arch", metavar="NAME", help=f"the teacher's network: {', '.join(models.NAMES)}, or any wrn-D-K (default: lenet5)")
-    add("--student-arch", metavar="NAME", help="the student's network, of the same names (default: lenet5_half)")
+    add("--student-arch", metavar="NAME", help="the student's network, of the same names (default: the papers' for this teacher, lenet5_half)")
     add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
 
     add = parser.add_argument_group("schedule (defaults of each method: below)").add_argument
@@ -590,13 +608,15 @@ def parse(argv):
     add("--student-lr", type=number(), metavar="LR", help="learning rate of the student")
     add("--student-decay", choices=("none", "cosine"), help="the student's learning rate over its steps")
     add("--temperature", type=number(zero=True), metavar="TAU", help="of the distillation loss; 0: mean |S(x) - T(x)|, as pre has it")
-    add("--loss-weights", type=float, nargs=3, metavar=("A", "B", "C"), help="of L_oh, L_ie and the third term (dafl, mskd, pre)")
+    add("--loss-weights", type=number(zero=True), nargs=3, metavar=("A", "B", "C"), help="of L_oh, L_ie and the third term (dafl, mskd, pre)")
     add("--eval-every", type=integer(1), metavar="N", help="student steps between evaluations, which are also checkpoints (default: 1/25 of --steps)")
 
     add = parser.add_argument_group("replay, for methods with a generator").add_argument
     add("--replay", choices=("none", "vae", "bank"), help="what brings earlier samples back (default: none; pre: vae)")
     add("--memory-latent", type=integer(1), metavar="D", help=f"latent dimension of the VAE (default: {MEMORY['memory_latent']})")
     add("--memory-width", type=integer(2), metavar="N", help=f"channels of the VAE's widest convolution (default: {MEMORY['memory_width']})")
+    add("--memory-lr", type=number(), metavar="LR", help=f"learning rate of the VAE (default: {MEMORY['memory_lr']})")
+    add("--latent-lr", type=number(), metavar="LR", help=f"of balanced inference's step on latents (default: {MEMORY['latent_lr']})")
     add("--bank-size", type=integer(1), metavar="N", help=f"images that the bank holds at most (default: {MEMORY['bank_size']})")
     switch = argparse.BooleanOptionalAction
     add("--teacher-term", action=switch, help="the teacher's outputs in the VAE's reconstruction loss (default: yes)")
@@ -619,14 +639,18 @@ def parse(argv):
     args = parser.parse_args(argv)
     schedules = SCHEDULES[args.method]
     numbers = {**schedules[args.schedule], **schedules.get(f"{args.schedule} {args.dataset}", {})}
-    if "width" in numbers:
+    if "width" in numbers:  # the method trains a generator
         numbers = {**MEMORY, **numbers}
     for key in {k for s in SCHEDULES.values() for k in s["default"]} | set(MEMORY):
         if getattr(args, key) is None:
             setattr(args, key, numbers.get(key))
         elif key not in numbers:
             parser.error(f"--{key.replace('_', '-')} means nothing to --method {args.method}")
-    args.eval_every = args.eval_every or max(1, args.steps // 25)
+        elif key in MEMORY and key != "replay" and (args.replay or numbers["replay"]) == "none":
+            parser.error(f"--{key.replace('_', '-')} means nothing without --replay")
+    if args.loss_weights:
+        args.loss_weights = tuple(args.loss_weights)
+    args.eval_every = args.eval_every or numbers.get("eval_every") or max(1, args.steps // 25)
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
     args.student_arch = args.student_arch or STUDENTS.get(args.teacher_arch, args.teacher_arch)
@@ -669,7 +693,7 @@ def schedules_text():
     for method, of_method in SCHEDULES.items():
         for name, schedule in of_method.items():
             lines.append(f"  {method}, {name}")
-            lines.append("    " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in schedule.items()))
+            lines.append("    " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in schedule.items()).translate({40: None, 41: None, 44: None}))
     return "\n".join(lines)
 
 
@@ -679,7 +703,7 @@ def prepare(out, resume):
     write(out / "writable", b"?")
     (out / "writable").unlink()
     old = [out / name for name in FILES if (out / name).exists()]
-    if old and not resume:
+    if old and not (resume and (out / "checkpoint.pt").exists()):
         n = next(n for n in range(1, 10_000) if not (out / f"previous-{n}").exists())
         aside = out / f"previous-{n}"
         aside.mkdir()
@@ -696,12 +720,14 @@ def distil(args):
     torch.set_num_threads(args.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     out = Path(args.out)
     prepare(out, args.resume)
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}", flush=True)  # fmt: skip
     real = None if args.no_eval else data.load(args.dataset, args.data_dir)
     teacher = load_teacher(args, real)
+    args.teacher_crc = zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values()))
     torch.manual_seed(args.seed)
     student = build(args.student_arch, args)
 
@@ -733,7 +759,7 @@ def summary(result, out):
         print(f"         over all {evaluations} evaluations: mean {result['accuracy_mean']:.2f} %, "
               f"variance {result['accuracy_variance']:.2f}, maximum {result['accuracy_max']:.2f} %")  # fmt: skip
     print(f"time     {clock(result['seconds'])} for the distillation")
-    print(f"files    {out}/: {', '.join(FILES)}")
+    print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
 
 
 def main(argv=None):
@@ -746,8 +772,12 @@ def main(argv=None):
         problem, code = str(error), 1
     except OSError as error:
         problem, code = f"{error.filename or args.out}: {error.strerror or error}", 1
-    except torch.OutOfMemoryError:
-        problem, code = "out of GPU memory: give a smaller --batch or --width", 1
+    except (torch.OutOfMemoryError, MemoryError):
+        problem, code = "out of memory: give a smaller --batch, --width or --bank-size", 1
+    except RuntimeError as error:  # torch has no class of its own for running out of CPU memory
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        problem, code = "out of memory: give a smaller --batch, --width or --bank-size", 1
     except KeyboardInterrupt:
         problem, code = f"stopped; the same command with --resume goes on from {args.out}", 130
     print(f"dfkd.py: {problem}", file=sys.stderr)

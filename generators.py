@@ -102,7 +102,7 @@ def one_hot_loss(logits):
 def information_entropy_loss(logits):
     """L_ie = sum_k p_bar_k log p_bar_k = -H(p_bar): small when the batch holds all classes equally (class diversity).
 
-    logits (B, K) -> scalar in [-log K, 0], natural logarithm. RDSKD [P, C]; DAFL and PRE-DFKD use log10 [C], see
+    logits (B, K) -> scalar in [-log K, 0]. RDSKD [P], natural logarithm [C]; DAFL and PRE-DFKD use log10 [C], see
     `dafl_loss`. log p_bar is computed as logsumexp_b(log p) - log B: a class without mass then adds 0 to the loss and
     to the gradient, where the authors' p_bar.log() gives NaN.
     """
@@ -121,8 +121,8 @@ def activation_loss(features):
 def distillation_loss(student_logits, teacher_logits, temperature):
     """L_kd(tau) = tau^2 KL( softmax(T(x)/tau) || softmax(S(x)/tau) ), batch mean.
 
-    student_logits, teacher_logits (B, K) -> scalar. Hinton et al.; RDSKD has tau = 10, DAFL 1 [C], ZSKD and soft-target
-    synthesis 20 [C, P].
+    student_logits, teacher_logits (B, K) -> scalar. Hinton et al.; RDSKD has tau = 10, DAFL 1, ZSKD 20 [C],
+    soft-target synthesis 20 [I].
     """
     log_q = (student_logits / temperature).log_softmax(1)
     log_p = (teacher_logits / temperature).log_softmax(1)
@@ -174,7 +174,7 @@ def mode_seeking_loss(images, z):
     """1 / ( ||x_2 - x_1|| / ||z_2 - z_1|| + 1e-5 ): small when different latents give different images.
 
     images (B, C, H, W), z (B, d) -> scalar >= 0. Halves and norms as in `diversity_seeking_loss`. MSKD adds it to DAFL's
-    two class terms [I]; the 1e-5 is that of Mao et al.'s code, where the norms are mean absolute differences [I].
+    two class terms [I]; the 1e-5 is that of Mao et al.'s code [C], where the norms are mean absolute differences.
     """
     half = len(images) // 2
     distance_x = vector_norm(images[half : 2 * half] - images[:half])
@@ -215,7 +215,8 @@ def weight_correlation(weight):
 def dirichlet_concentrations(weight):
     """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
 
-    weight (K, M) of the teacher's last layer -> (K, K). ZSKD draws targets for class k from Dirichlet(beta c_k) [C].
+    weight (K, M) of the teacher's last layer -> (K, K). ZSKD draws targets for class k from
+    Dirichlet(beta c_k + 1e-4) [C].
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)

@@ -5,7 +5,7 @@
     logits, features = net(x, return_features=True)   # features (B, D): what the last layer reads
 
 Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer.
-Layer sizes are those of ../shared/papers.md, "Networks"; test_dfkd.py holds the parameter counts.
+The LeNets and AlexNets are those of the code that DAFL and ZSKD published [C]; test_dfkd.py holds the parameter counts.
 
 References
     LeNet-5        LeCun et al. 1998, with the widths of DAFL's code     https://arxiv.org/abs/1904.01186
@@ -26,8 +26,8 @@ class Classifier(nn.Module):
     """A body, `penultimate(x)`, and a last linear layer, `classifier`."""
 
     def forward(self, x, return_features=False):
-        features = self.penultimate(x)  # (B, D)
-        logits = self.classifier(features)  # (B, K)
+        features = self.penultimate(x).float()  # (B, D), float32 for the losses also under autocast
+        logits = self.classifier(features).float()  # (B, K)
         return (logits, features) if return_features else logits
 
 

@@ -9,11 +9,13 @@ Reference
     PRE-DFKD     Binici et al., AAAI 2022                https://arxiv.org/abs/2201.03019
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generators import Generator, dafl_loss
+from generators import Generator, information_entropy_loss, one_hot_loss
 
 # ---------------------------------------------------------------- the VAE
 
@@ -46,7 +48,8 @@ class Encoder(nn.Module):
 class VAE(nn.Module):
     """Encoder E and decoder M, the generator's network without spectral norm [C].
 
-    The authors' latent of 1000 makes M's linear layer alone 33 MB; the paper's 2.1 MB needs about 32 to 64 [I].
+    The authors' latent of 1000 makes M's linear layer alone 33 MB; the paper's 2.1 MB needs a
+    latent of about 32 and a width of 48 to 64 [I].
     """
 
     def __init__(self, latent_dim, channels, image_size=32, width=128):
@@ -85,12 +88,12 @@ def kl_divergence(mu, log_var):
 def latent_balance_loss(z, logits):
     """L_oh + 5 L_ie + MSE(var(z), 1) + MSE(mean(z), 0): category-balanced inference's objective [P, C].
 
-    z (B, d), logits (B, K) = T(M(z)) -> scalar. Statistics are per dimension over the batch; L_ie is in log10, as
-    everywhere in PRE-DFKD's code [C].
+    z (B, d), logits (B, K) = T(M(z)) -> scalar. Statistics are per dimension over the batch; L_ie is in log10, as in
+    PRE-DFKD's generator objective [I].
     """
     var, mean = torch.var_mean(z, 0)
-    features = z.new_zeros(1)
-    return dafl_loss(logits, features, 1, 5, 0) + ((var - 1) ** 2).mean() + (mean**2).mean()
+    L_ie = information_entropy_loss(logits) / math.log(10)
+    return one_hot_loss(logits) + 5 * L_ie + ((var - 1) ** 2).mean() + (mean**2).mean()
 
 
 def balanced_latents(z, decoder, teacher, lr):
@@ -108,7 +111,8 @@ def balanced_latents(z, decoder, teacher, lr):
 class PseudoReplay(nn.Module):
     """A memory that stores no sample: a VAE is trained on novel images and on its own, and drawn from (PRE-DFKD).
 
-    `teacher_term` and `balanced` switch off what the paper ablates. Draws use M in eval mode [I].
+    `teacher_term` and `balanced` switch the paper's two ingredients off. Draws use M in eval mode, and the VAE's own
+    rehearsal is balanced as well [I].
     """
 
     def __init__(self, vae, lr, latent_lr, teacher_term=True, balanced=True):
@@ -118,7 +122,7 @@ class PseudoReplay(nn.Module):
         self.optimiser = torch.optim.Adam(vae.parameters(), lr, fused=True)
 
     def bytes(self):
-        return sum(p.numel() * p.element_size() for p in self.vae.parameters())
+        return sum(v.nbytes for v in self.vae.state_dict().values())
 
     def recall(self, count, teacher):
         """x_mem = M(z), z ~ N(0, I) after category-balanced inference: (count, C, H, W), no gradient."""

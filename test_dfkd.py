@@ -1,6 +1,7 @@
 """Tests: the mathematics, the behaviour, bad input. Run them with ./run.sh test."""
 
 import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -425,9 +426,15 @@ def teacher_dir(tmp_path_factory):
 
 @pytest.fixture
 def command(teacher_dir, tmp_path):
-    """command(out, *flags): the arguments of a small run."""
-    small = "--steps 12 --generator-steps 6 --eval-every 4 --batch 16 --width 8 --latent 10 --precision fp32"
-    return lambda out, *flags: [*small.split(), "--teacher-dir", str(teacher_dir), "--out", str(tmp_path / out), *flags]
+    """command(out, *more): the arguments of a small run, with the string `flags` split."""
+
+    def arguments(out, *more, flags=""):
+        small = "--steps 12 --eval-every 4 --batch 16 --width 8 --latent 10 --precision fp32"
+        if "--method" not in flags:
+            small += " --generator-steps 6"
+        return [*small.split(), "--teacher-dir", str(teacher_dir), "--out", str(tmp_path / out), *flags.split(), *more]
+
+    return arguments
 
 
 def outcome(folder):
@@ -436,8 +443,6 @@ def outcome(folder):
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     for timed in (result, *rows):
         timed.pop("seconds")
-    for place in dfkd.PLACES:
-        result["args"].pop(place)
     return torch.load(folder / "student.pt", weights_only=True), result, rows
 
 
@@ -490,8 +495,20 @@ def test_png_holds_the_images():
     assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
 
 
-@pytest.mark.parametrize("calls", [2, 9, 16], ids=["at the start", "generator", "student"])
-def test_resume_equals_uninterrupted(command, tmp_path, monkeypatch, calls, capsys):
+INTERRUPTED = {  # flags, and the call of `minimise` that is interrupted
+    "rdskd at the start": ("", 2),
+    "rdskd, generator": ("", 5),
+    "rdskd, student": ("", 16),
+    "rdskd with a VAE": ("--replay vae --memory-width 8", 13),
+    "rdskd with a bank": ("--replay bank --bank-size 9", 13),
+    "pre within a round": ("--method pre --student-steps 3 --memory-width 8", 8),
+    "dafl": ("--method dafl --replay bank", 15),
+}
+
+
+@pytest.mark.parametrize("flags, calls", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_resume_equals_uninterrupted(command, tmp_path, monkeypatch, flags, calls, capsys):
+    command = functools.partial(command, flags=flags)
     assert dfkd.main(command("whole")) == 0
     minimise, left = dfkd.minimise, [calls - 2]
 
@@ -544,9 +561,9 @@ def test_every_method_and_replay_trains_its_student(teacher_dir, tmp_path, metho
     flags = "--steps 100 --eval-every 25 --batch 16 --student-lr 5e-3 --student-decay none --precision fp32".split()
     flags += ["--method", method, "--teacher-dir", str(teacher_dir), "--out", str(tmp_path)]
     if memory:
-        flags += ["--replay", memory, "--width", "8", "--latent", "10", "--memory-width", "8"]
+        flags += ["--replay", memory, "--width", "8", "--latent", "10"]
         flags += ["--generator-steps", "20"] if method == "rdskd" else ["--student-steps", "5", "--generator-lr", "1e-3"]
-        flags += ["--bank-size", "20"] if memory == "bank" else []
+        flags += {"none": [], "vae": ["--memory-width", "8"], "bank": ["--bank-size", "20"]}[memory]
     assert dfkd.main(flags) == 0
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert float(rows[-1]["L_kd"]) < float(rows[0]["L_kd"])
@@ -588,6 +605,8 @@ def one_line(text):
     ("--student-lr nan", "--student-lr"), ("--temperature -1", "--temperature"), ("--seed -1", "--seed"),
     ("--device tpu", "tpu"), ("--no-eval", "--teacher FILE"), ("--teacher nowhere.pt", "nowhere.pt"),
     ("--shedule paper", "--shedule"), ("--student-l 1", "--student-l"), ("--threads 0", "--threads"), ("--width 0", "--width"),
+    ("--student-steps 3", "--student-steps"), ("--bank-size 9", "--replay"), ("--method kd --replay vae", "--replay"),
+    ("--seed 99999999999999999999", "--seed"), ("--method pre --loss-weights 1 x 3", "--loss-weights"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, tmp_path):
     with pytest.raises(SystemExit) as exit:
