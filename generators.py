@@ -42,17 +42,18 @@ class UpsampleConv2d(nn.Conv2d):
     dimension, with kernel w and input x, collecting the taps that read the same x[i] gives
         y[n] = sum_i v[n - 2i + 1] x[i],   v = (w2, w1 + w2, w0 + w1, w0),
     a transposed convolution of stride 2, padding 1 and kernel v = U w; in two dimensions v = U w U^T. It is the same
-    function with 4 instead of 9 multiplications per weight and pixel. The weight keeps its 3 x 3 shape.
+    function with 4 instead of 9 multiplications per weight and pixel. The weight keeps its 3 x 3 shape. There is no bias:
+    the BatchNorm that follows would take it out again.
     """
 
     def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, 3, padding=1)
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
         repeat = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # U
         self.register_buffer("repeat", repeat, persistent=False)
 
     def forward(self, x):  # (B, I, H, W) -> (B, O, 2H, 2W)
         v = torch.einsum("pa,oiab,qb->iopq", self.repeat, self.weight, self.repeat)
-        return F.conv_transpose2d(x, v, self.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, v, stride=2, padding=1)
 
 
 class Generator(nn.Module):
