@@ -43,7 +43,7 @@ class Data(NamedTuple):
 
 
 INFO = {
-    "glyphs": Info(10, 1, (0.1158,), (0.2137,)),
+    "glyphs": Info(10, 1, (0.168,), (0.282,)),
     "mnist": Info(10, 1, (0.1307,), (0.3081,)),
 }
 
@@ -112,13 +112,13 @@ def glyphs(count, seed):
 
 def draw(stroke, n, rng):
     """`n` images of one stroke, (P, 2) points in the unit square -> uint8 (n, 28, 28)."""
-    scale = 21 * rng.uniform(0.75, 1.1, (n, 1, 2))
+    scale = 21 * rng.uniform(0.8, 1.15, (n, 1, 2))
     angle, shear = np.radians(rng.uniform(-20, 20, n)), rng.uniform(-0.3, 0.3, n)
     rotation = np.stack([np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)], 1).reshape(n, 2, 2)
-    points = (stroke - 0.5 + rng.normal(0, 0.04, (n, len(stroke), 2))) * scale
+    points = (stroke - 0.5 + rng.normal(0, 0.047, (n, len(stroke), 2))) * scale
     points[..., 0] += shear[:, None] * points[..., 1]
     points = points @ rotation + 13.5 + rng.uniform(-2.5, 2.5, (n, 1, 2))
-    radius, ink = rng.uniform(0.6, 1.5, (n, 1, 1)), rng.uniform(0.7, 1, (n, 1, 1))
+    radius, ink = rng.uniform(1.0, 2.0, (n, 1, 1)), rng.uniform(0.8, 1, (n, 1, 1))
     grey = ink * np.clip(radius + 0.5 - stroke_distance(points.astype(np.float32)), 0, 1)
     return (255 * np.clip(grey + rng.normal(0, 0.08, grey.shape), 0, 1)).astype(np.uint8)
 

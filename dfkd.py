@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import data
 import generators
@@ -44,7 +43,7 @@ SCHEDULES = {
     "rdskd": {
         "default": dict(
             batch=64, latent=100, width=64, generator_steps=1000, generator_lr=1e-3,
-            steps=5000, student_lr=1e-2, student_decay="cosine", temperature=10.0,
+            steps=6500, student_lr=1e-2, student_decay="cosine", temperature=10.0,
         ),
         "default mnist": dict(steps=16_000),
         "paper": dict(
@@ -136,8 +135,8 @@ def rdskd(args, teacher, student, run):
 def joint(args, teacher, student, run):
     """DAFL, PRE-DFKD [C], MSKD [I]: rounds of one step of G, then `student_steps` of S, the memory trained after the first 4.
 
-    The first step of S takes the batch that G was just trained on: DAFL's code does so [C], for PRE-DFKD it saves a batch
-    [I]. S sees memory samples from the second round on, when the memory has learned something [I].
+    The first step of S in a round takes the batch that G was just trained on, which saves one [I]. S sees memory samples
+    from the second round on, when the memory has learned something [I].
     """
     G = generator(args, spectral_norm=args.method == "pre")
     optimiser_G = adam(G, args.generator_lr)
@@ -680,7 +679,7 @@ def parse(argv):
 def fast_bf16(device):
     """Whether the processor multiplies bfloat16 matrices in hardware; elsewhere bf16 is slower than float32."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability() >= (8, 0)
     try:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -772,7 +771,7 @@ def main(argv=None):
         problem, code = str(error), 1
     except OSError as error:
         problem, code = f"{error.filename or args.out}: {error.strerror or error}", 1
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.cuda.OutOfMemoryError, MemoryError):
         problem, code = "out of memory: give a smaller --batch, --width or --bank-size", 1
     except RuntimeError as error:  # torch has no class of its own for running out of CPU memory
         if "DefaultCPUAllocator" not in str(error):

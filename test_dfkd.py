@@ -1,5 +1,6 @@
-"""Tests: the mathematics, the behaviour, bad input. Run them with ./run.sh test."""
+"""The tests: mathematics, behaviour, bad input (./run.sh test), and the benchmark (./run.sh bench)."""
 
+import ast
 import csv
 import functools
 import gzip
@@ -589,6 +590,21 @@ def test_without_evaluation_no_data_set_is_touched(command, teacher_file, tmp_pa
     seen, unseen = outcome(tmp_path / "seen"), outcome(tmp_path / "unseen")
     assert unseen[1]["accuracy_last"] is None and unseen[1]["teacher_accuracy"] is None
     assert all(torch.equal(seen[0][k], unseen[0][k]) for k in seen[0])
+
+
+def test_imports_go_one_way():
+    """Distillation's ingredients know no data set, and nothing but torch and numpy is needed."""
+    ours = {"dfkd", "replay", "generators", "models", "data"}
+    allowed = {"dfkd": {"replay", "generators", "models", "data"}, "replay": {"generators"}}
+    for module in ours:
+        imported = set()
+        for node in ast.walk(ast.parse((HERE / f"{module}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+        assert imported & ours <= allowed.get(module, set())
+        assert imported - ours - set(sys.stdlib_module_names) <= {"torch", "numpy"}
 
 
 # ---------------------------------------------------------------- bad input
