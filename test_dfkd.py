@@ -645,7 +645,7 @@ TEACHER_FILES = {
     "whole model": (lambda path: torch.save(models.build("lenet5"), path), "not a PyTorch file"),
     "no state dict": (lambda path: torch.save([1, 2], path), "no state dict"),
     "other network": (lambda path: torch.save(models.build("resnet18").state_dict(), path), "--teacher-arch"),
-    "other widths": (lambda path: torch.save(models.build("lenet5_half").state_dict(), path), "shape .3, 1, 5, 5."),
+    "other widths": (lambda path: torch.save(models.build("lenet5_half").state_dict(), path), "shape.*3, 1, 5, 5"),
     "other classes": (lambda path: torch.save(models.build("lenet5", 7).state_dict(), path), "10 classes.*7"),
     "NaN": (lambda path: torch.save({k: v / 0 for k, v in models.build("lenet5").state_dict().items()}, path), "NaN"),
 }
