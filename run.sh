@@ -14,12 +14,14 @@ fail() { echo "run.sh: $1" >&2; exit 1; }
 # Whether interpreter $1 can import numpy, a recent torch and the further modules $2.
 has() { "$1" -c "import numpy, torch, $2; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)" 2>/dev/null; }
 
-# Install into .venv. torch's default build for Linux carries 5 GB of CUDA libraries: without an NVIDIA GPU, the
-# CPU build is tried first. The last line installs what is still missing and is the fallback as well.
+# Install into .venv. torch's default build for Linux carries 5 GB of CUDA libraries: without an NVIDIA GPU, the CPU
+# build is tried first, and with --no-index, lest an index that pip is configured with serve the default build after
+# all. The last line installs what is still missing and is the fallback as well.
 fetch() {
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
     if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && ! has .venv/bin/python sys; then
-        "${pip[@]}" --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu "torch>=2.4" 2>/dev/null || true
+        "${pip[@]}" --no-deps --retries 1 --no-index --find-links https://download.pytorch.org/whl/cpu/torch/ \
+            "torch>=2.4" 2>/dev/null || true
     fi
     "${pip[@]}" "torch>=2.4" numpy "$@"
 }
