@@ -378,8 +378,7 @@ class Run:
         changed = sorted(k for k in {**now, **before} if now.get(k) != before.get(k))
         if changed:
             k = changed[0]
-            flag = f"--{k.replace('_', '-')}"
-            raise RunError(f"{self.out}: began with {flag} {before.get(k)}, now {now.get(k)}; give the same to resume")
+            raise RunError(f"{self.out}: began with {flag(k)} {before.get(k)}, now {now.get(k)}; give the same to resume")
 
     def track(self, **objects):
         """Name everything with a state_dict that a checkpoint must hold; a resumed run gets it back here."""
@@ -554,6 +553,11 @@ def git_commit():
 # ---------------------------------------------------------------- the command line
 
 
+def flag(key):
+    """An argument's name as it stands on the command line."""
+    return f"--{key.replace('_', '-')}"
+
+
 def integer(least, most=2**31 - 1):
     def parse(text):
         value = int(text)
@@ -646,9 +650,9 @@ def parse(argv):
         if getattr(args, key) is None:
             setattr(args, key, numbers.get(key))
         elif key not in numbers:
-            parser.error(f"--{key.replace('_', '-')} means nothing to --method {args.method}")
+            parser.error(f"{flag(key)} means nothing to --method {args.method}")
         elif key in MEMORY and key != "replay" and (args.replay or numbers["replay"]) == "none":
-            parser.error(f"--{key.replace('_', '-')} means nothing without --replay")
+            parser.error(f"{flag(key)} means nothing without --replay")
     if args.loss_weights:
         args.loss_weights = tuple(args.loss_weights)
     args.eval_every = args.eval_every or numbers.get("eval_every") or max(1, args.steps // 25)
@@ -694,7 +698,8 @@ def schedules_text():
     for method, of_method in SCHEDULES.items():
         for name, schedule in of_method.items():
             lines.append(f"  {method}, {name}")
-            lines.append("    " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in schedule.items()).translate({40: None, 41: None, 44: None}))
+            given = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in schedule.items()}
+            lines.append("    " + " ".join(f"{flag(k)} {v}" for k, v in given.items()))
     return "\n".join(lines)
 
 
@@ -773,10 +778,9 @@ def main(argv=None):
         problem, code = str(error), 1
     except OSError as error:
         problem, code = f"{error.filename or args.out}: {error.strerror or error}", 1
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        problem, code = "out of memory: give a smaller --batch, --width or --bank-size", 1
-    except RuntimeError as error:  # torch has no class of its own for running out of CPU memory
-        if "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
+        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        if not known:
             raise
         problem, code = "out of memory: give a smaller --batch, --width or --bank-size", 1
     except KeyboardInterrupt:
