@@ -33,6 +33,7 @@ class Info(NamedTuple):
     channels: int
     mean: tuple
     std: tuple
+    mirror: bool = False  # whether an image flipped left to right is as good an example of its class
 
 
 class Data(NamedTuple):

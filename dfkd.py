@@ -72,6 +72,36 @@ SCHEDULES = {
             steps=200 * EPOCH, student_lr=2e-3, student_decay="none", temperature=1.0, eval_every=EPOCH,
         ),
     },
+    "soft-target": {
+        "default": dict(
+            images=12_000, image_batch=500, image_steps=500, image_lr=0.05, layer="auto", sigma="auto", loss_weights=(0.05,),
+            batch=64, steps=12_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+        ),
+        "paper": dict(
+            images=24_000, image_batch=500, image_steps=1500, image_lr=0.05, layer="auto", sigma=1.5, loss_weights=(0.05,),
+            batch=64, steps=60_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+        ),
+    },
+    "zskd": {
+        "default": dict(
+            images=12_000, image_batch=500, image_steps=500, image_lr=0.05,
+            batch=64, steps=12_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+        ),
+        "paper": dict(
+            images=24_000, image_batch=500, image_steps=1500, image_lr=0.05,
+            batch=64, steps=60_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+        ),
+    },
+    "deepinversion": {
+        "default": dict(
+            images=12_000, image_batch=256, image_steps=500, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
+            batch=64, steps=12_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+        ),
+        "paper": dict(
+            images=24_000, image_batch=256, image_steps=2000, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
+            batch=64, steps=60_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+        ),
+    },
     "noise": {"default": dict(batch=128, steps=4000, student_lr=2e-3, student_decay="cosine", temperature=10.0)},
     "kd": {"default": dict(batch=128, steps=4000, student_lr=2e-3, student_decay="cosine", temperature=10.0)},
 }  # fmt: skip
@@ -89,6 +119,7 @@ TEACHERS = {"glyphs": "lenet5", "mnist": "lenet5"}
 STUDENTS = {"lenet5": "lenet5_half", "alexnet": "alexnet_half", "resnet34": "resnet18", "wrn-40-2": "wrn-16-1"}
 TEACHER_EPOCHS = {"glyphs": 4, "mnist": 10}
 TEACHER_LR, TEACHER_BATCH = 3e-3, 128
+CERTAINTY = 0.2  # of the teacher about soft-target synthesis's features, L_oh in nats: what decides sigma [I]
 
 
 class RunError(Exception):
@@ -128,7 +159,7 @@ def rdskd(args, teacher, student, run):
             x = G(latents(args))
         if memory:
             x = torch.cat([x, memory.recall(replay.share(x), teacher)])
-        L_kd = imitate(x, args, teacher, student, optimiser_S, decay_S)
+        L_kd = imitate(x, teacher(x), args, student, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
 
 
@@ -160,7 +191,7 @@ def joint(args, teacher, student, run):
         x = novel
         if memory and step >= args.student_steps:
             x = torch.cat([novel, memory.recall(replay.share(novel), teacher)])
-        L_kd = imitate(x, args, teacher, student, optimiser_S, decay_S)
+        L_kd = imitate(x, teacher(x), args, student, optimiser_S, decay_S)
         if memory and place < 4:
             memory.learn(novel, teacher, rehearse=step >= args.student_steps)
         run.log(L_kd=L_kd, L_G=run.state["L_G"])
@@ -178,19 +209,130 @@ def generator_objective(args, z, x, teacher, student):
     return generators.dafl_loss(t, f, a, b, c)
 
 
+def transfer_set(args, teacher, student, run):
+    """Soft-target synthesis, ZSKD, DeepInversion: optimise images against T, a file for each batch; train S on the finished set.
+
+    The files hold float16: its rounding, 1 part in 2000, is far below the noise that the images begin with, and S gets T's
+    outputs on the images as they are stored.
+    """
+    optimiser_S, decay_S = student_optimiser(student, args)
+    run.track(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
+    folder = run.out / "transfer"
+    folder.mkdir(exist_ok=True)
+    if args.method == "deepinversion" and not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()):
+        print(f"{args.teacher_arch} has no BatchNorm: DeepInversion's term of its statistics is absent")
+    run.samples = lambda: load_file(folder / "0.pt")["images"][:64]
+    for first in run.steps("images", args.images, stride=args.image_batch):
+        count = min(args.image_batch, args.images - first)
+        x, targets, intended = SYNTHESES[args.method](args, teacher, count, run)
+        run.log(**measures(teacher(x), targets, intended))
+        batch = dict(images=x.half(), targets=targets, intended=intended)
+        write(folder / f"{first}.pt", serialise({k: v.cpu() for k, v in batch.items()}))
+
+    batches = [load_file(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
+    images, targets, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "targets", "intended"))
+    labels = torch.cat([teacher(x.float()) for x in images.split(1000)])
+    run.facts.update(images=len(images), bytes=images.nbytes)
+    run.facts.update((k, v.item()) for k, v in measures(labels, targets, intended).items())
+    for _ in run.steps("student", args.steps, evaluate=True):
+        index = torch.randint(len(images), (args.batch,), device=args.device)
+        x = generators.augmented(images[index].float(), data.INFO[args.dataset].mirror)
+        L_kd = imitate(x, labels[index], args, student, optimiser_S, decay_S)
+        run.log(L_kd=L_kd)
+
+
+def soft_target_images(args, teacher, count, run):
+    """Soft-target synthesis [P]: features of a layer from their normal distribution, the soft targets that they give, images."""
+    layer, rest = teacher.split(args.layer)
+    h = generators.feature_distribution(layer.weight, args.sigma).sample((count,))
+    targets = (rest(h) / args.temperature).softmax(1)
+
+    def objective(x):
+        t, f = teacher(x, return_features=True)
+        L_a = generators.activation_loss(f)
+        return generators.soft_target_loss(t, targets, args.temperature) + args.loss_weights[0] * L_a
+
+    return optimise(objective, args, count, run), targets, targets.argmax(1)
+
+
+def feature_model(teacher, args):
+    """The layer and the sigma that `auto` stands for with this teacher."""
+    layer = args.layer
+    if layer == "auto":
+        layer = "fc2" if isinstance(teacher, (models.LeNet5, models.AlexNet)) else "logits"
+    try:
+        linear, rest = teacher.split(layer)
+    except ValueError as error:
+        raise RunError(f"--layer {layer}: {error}") from None
+    if args.sigma != "auto":
+        return layer, args.sigma
+    sigma = generators.feature_scale(linear.weight, rest, CERTAINTY)
+    print(f"sigma      {sigma:.4g} for {layer}: there the teacher's L_oh is {CERTAINTY}")
+    return layer, sigma
+
+
+def zskd_images(args, teacher, count, run):
+    """ZSKD [C]: soft targets from a Dirichlet distribution for each class, images."""
+    targets, intended = generators.dirichlet_targets(teacher.classifier.weight, count)
+
+    def objective(x):
+        return generators.soft_target_loss(teacher(x), targets, args.temperature)
+
+    return optimise(objective, args, count, run), targets, intended
+
+
+def deepinversion_images(args, teacher, count, run):
+    """DeepInversion [C]: random classes, images that have T's BatchNorm statistics and look smooth."""
+    y = torch.randint(data.INFO[args.dataset].classes, (count,), device=args.device)
+    with generators.batch_norm_inputs(teacher) as collected:
+
+        def objective(x):
+            collected.clear()
+            x = x.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
+            return generators.deepinversion_loss(x, teacher(x), y, collected, *args.loss_weights)
+
+        x = optimise(objective, args, count, run)
+    return x, F.one_hot(y, data.INFO[args.dataset].classes).float(), y
+
+
+SYNTHESES = {"soft-target": soft_target_images, "zskd": zskd_images, "deepinversion": deepinversion_images}
+
+
+def optimise(objective, args, count, run):
+    """x* = argmin objective(x) by Adam from noise; it ends early when 50 steps bring less than 1 % of the decrease so far [I]."""
+    x = torch.randn(count, channels(args), 32, 32, device=args.device).to(memory_format=torch.channels_last).requires_grad_()
+    optimiser = torch.optim.Adam([x], args.image_lr)
+    losses, means = [], []
+    for step in range(1, args.image_steps + 1):
+        L = objective(x)
+        minimise(count * L, optimiser)  # the sum: what Adam's eps is to a gradient must not depend on the batch
+        losses.append(L.detach())
+        if step % 50 == 0:
+            means.append(torch.stack(losses).mean().item())
+            losses = []
+            run.tell(f"step {step}/{args.image_steps}  loss {means[-1]:.4g}")
+            if len(means) > 2 and means[-2] - means[-1] < 0.01 * (means[0] - means[-1]):
+                break
+    return x.detach()
+
+
+def measures(t, targets, intended):
+    """Shares: of images that T puts into their target's top class, and of targets whose top class is not the intended one."""
+    top = targets.argmax(1)
+    return dict(agreement=(t.argmax(1) == top).float().mean(), strayed=(top != intended).float().mean())
+
+
 def transfer(args, teacher, student, run, draw):
     """The controls at both ends: S learns from T's outputs on what `draw` gives, Gaussian noise or, for `kd`, real images."""
     optimiser_S, decay_S = student_optimiser(student, args)
     run.track(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
     for _ in run.steps("student", args.steps, evaluate=True):
         x = draw()
-        run.log(L_kd=imitate(x, args, teacher, student, optimiser_S, decay_S))
+        run.log(L_kd=imitate(x, teacher(x), args, student, optimiser_S, decay_S))
 
 
-def imitate(x, args, teacher, student, optimiser_S, decay_S):
-    """One step of S towards T on the images x: L_kd(tau), or PRE-DFKD's mean |S(x) - T(x)| where tau is 0."""
-    with torch.no_grad():
-        t = teacher(x)
+def imitate(x, t, args, student, optimiser_S, decay_S):
+    """One step of S on the images x towards T's outputs t: L_kd(tau), or PRE-DFKD's mean |S(x) - T(x)| where tau is 0."""
     s = student(x)
     L_kd = generators.distillation_loss(s, t, args.temperature) if args.temperature else F.l1_loss(s, t)
     minimise(L_kd, optimiser_S)
@@ -198,7 +340,10 @@ def imitate(x, args, teacher, student, optimiser_S, decay_S):
     return L_kd
 
 
-METHODS = {"rdskd": rdskd, "dafl": joint, "mskd": joint, "pre": joint, "noise": transfer, "kd": transfer}
+METHODS = {
+    "rdskd": rdskd, "pre": joint, "soft-target": transfer_set, "dafl": joint, "mskd": joint, "zskd": transfer_set,
+    "deepinversion": transfer_set, "noise": transfer, "kd": transfer,
+}  # fmt: skip
 
 
 def generator(args, spectral_norm=False):
@@ -361,7 +506,7 @@ class Run:
     def __init__(self, args, evaluate):
         self.args, self.out, self.evaluate = args, Path(args.out), evaluate
         self.position, self.rows, self.state = {}, [], {}
-        self.objects, self.terms, self.samples = {}, [], None
+        self.objects, self.terms, self.samples, self.facts = {}, [], None, {}
         self.saved, self.begun = {}, time.perf_counter()
         if args.resume and (self.out / "checkpoint.pt").exists():
             self.saved = load_file(self.out / "checkpoint.pt")
@@ -393,23 +538,36 @@ class Run:
         self.names = list(terms)
         self.terms.append(torch.stack([v.detach() for v in terms.values()]))
 
-    def steps(self, stage, count, evaluate=False):
-        """Yield the numbers of a stage's steps, from where a resumed run left off."""
+    def steps(self, stage, count, evaluate=False, stride=1):
+        """Yield the numbers of a stage's steps, from where a resumed run left off; with a stride, each is saved."""
         every = self.args.eval_every if evaluate else -(-count // 20)
         first = self.position.get(stage, 0)
-        begun = shown = time.perf_counter()
-        patience = 0.5 if sys.stdout.isatty() else 15
-        for step in range(first, count):
+        begun = time.perf_counter()
+        self.shown = begun
+        for step in range(first, count, stride):
+            self.place = f"{stage:<10} {step}/{count}"
             yield step
-            done, now = step + 1, time.perf_counter()
-            pause = done % every == 0 or done == count
+            done = min(step + stride, count)
+            pause = stride > 1 or done % every == 0 or done == count
             row = self.pause(stage, done, evaluate) if pause else None
-            if pause or now - shown > patience:
-                shown = now
-                rate = (done - first) / (now - begun)
+            if self.due() or pause:
+                rate = (done - first) / (time.perf_counter() - begun)
                 values = row or dict(zip(self.names, self.terms[-1].tolist()))
                 text = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in ("step", "seconds") and v is not None)
-                show(f"{stage:<10} {done}/{count}  {text}  {rate:.1f} step/s  eta {clock((count - done) / rate)}", pause)
+                show(f"{stage:<10} {done}/{count}  {text}  {rate:.1f}/s  eta {clock((count - done) / rate)}", pause)
+
+    def due(self):
+        """Whether it is time to show something again."""
+        now = time.perf_counter()
+        if now - self.shown < (0.5 if sys.stdout.isatty() else 15):
+            return False
+        self.shown = now
+        return True
+
+    def tell(self, text):
+        """Show what happens within a long step."""
+        if self.due():
+            show(f"{self.place}  {text}", keep=False)
 
     def pause(self, stage, done, evaluate):
         """Check the losses since the last pause, evaluate the student, save."""
@@ -439,7 +597,7 @@ class Run:
 
     def picture(self):
         x = self.samples()
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.INFO[self.args.dataset][2:])
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.INFO[self.args.dataset][2:4])
         return png((x.float().cpu() * std + mean).clamp(0, 1))
 
     def finish(self, teacher_accuracy):
@@ -452,7 +610,7 @@ class Run:
             accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
-            replay_bytes=memory.bytes() if memory else 0, seconds=round(self.seconds(), 1), args=numbers_of(args),
+            replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None, seconds=round(self.seconds(), 1), args=numbers_of(args),
             torch_version=torch.__version__, git_commit=git_commit(),
         )  # fmt: skip
         write(self.out / "student.pt", serialise(self.objects["S"].state_dict()))
@@ -569,8 +727,10 @@ def integer(least, most=2**31 - 1):
     return parse
 
 
-def number(zero=False):
+def number(zero=False, auto=False):
     def parse(text):
+        if auto and text == "auto":
+            return text
         value = float(text)
         if not 0 <= value < float("inf") or value == 0 and not zero:
             raise argparse.ArgumentTypeError(f"{text} is not a {'number of at least 0' if zero else 'positive number'}")
@@ -613,7 +773,14 @@ def parse(argv):
     add("--student-lr", type=number(), metavar="LR", help="learning rate of the student")
     add("--student-decay", choices=("none", "cosine", "cycle"), help="the student's learning rate over its steps: constant, falling, or rising for 15 %% of them and falling")
     add("--temperature", type=number(zero=True), metavar="TAU", help="of the distillation loss; 0: mean |S(x) - T(x)|, as pre has it")
-    add("--loss-weights", type=number(zero=True), nargs=3, metavar=("A", "B", "C"), help="of L_oh, L_ie and the third term (dafl, mskd, pre)")
+    add("--loss-weights", type=number(zero=True), nargs="+", metavar="A", help="of L_oh, L_ie and the third term (dafl, mskd, pre); "
+        "of L_a (soft-target); of TV, L2 and BatchNorm statistics (deepinversion)")  # fmt: skip
+    add("--images", type=integer(8), metavar="N", help="images of the transfer set (soft-target, zskd, deepinversion)")
+    add("--image-batch", type=integer(8), metavar="N", help="images that are optimised together")
+    add("--image-steps", type=integer(1), metavar="N", help="steps of an image at most; it ends when the loss has settled")
+    add("--image-lr", type=number(), metavar="LR", help="learning rate of the images")
+    add("--layer", choices=("auto", "fc2", "logits"), help="whose outputs soft-target models (auto: fc2 where the teacher has it)")
+    add("--sigma", type=number(auto=True), metavar="SIGMA", help=f"their standard deviation (auto: where the teacher's L_oh is {CERTAINTY})")
     add("--eval-every", type=integer(1), metavar="N", help="student steps between evaluations, which are also checkpoints (default: 1/25 of --steps)")
 
     add = parser.add_argument_group("replay, for methods with a generator").add_argument
@@ -654,7 +821,9 @@ def parse(argv):
         elif key in MEMORY and key != "replay" and (args.replay or numbers["replay"]) == "none":
             parser.error(f"{flag(key)} means nothing without --replay")
     if args.loss_weights:
-        args.loss_weights = tuple(args.loss_weights)
+        args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
+        if len(args.loss_weights) != len(usual):
+            parser.error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
     args.eval_every = args.eval_every or numbers.get("eval_every") or max(1, args.steps // 25)
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
@@ -718,7 +887,7 @@ def prepare(out, resume):
         print(f"{out} held an earlier run: moved into {aside}")
 
 
-FILES = ("result.json", "metrics.csv", "samples.png", "student.pt", "checkpoint.pt")
+FILES = ("result.json", "metrics.csv", "samples.png", "student.pt", "checkpoint.pt", "transfer")
 
 
 def distil(args):
@@ -734,6 +903,8 @@ def distil(args):
     real = None if args.no_eval else data.load(args.dataset, args.data_dir)
     teacher = load_teacher(args, real)
     args.teacher_crc = zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values()))
+    if args.method == "soft-target":
+        args.layer, args.sigma = feature_model(teacher, args)
     torch.manual_seed(args.seed)
     student = build(args.student_arch, args)
 
@@ -764,6 +935,10 @@ def summary(result, out):
         print(f"student  {result['student']:<12} {result['accuracy_last']:.2f} % at the last step")
         print(f"         over all {evaluations} evaluations: mean {result['accuracy_mean']:.2f} %, "
               f"variance {result['accuracy_variance']:.2f}, maximum {result['accuracy_max']:.2f} %")  # fmt: skip
+    made = result["transfer_set"]
+    if made:
+        print(f"images   {made['images']}: the teacher puts {100 * made['agreement']:.1f} % of them into their target's top class")
+        print(f"         top class of the target not the intended one: {100 * made['strayed']:.1f} %")
     print(f"time     {clock(result['seconds'])} for the distillation")
     print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
 

@@ -24,11 +24,13 @@ References
     Distillation   Hinton, Vinyals, Dean 2015            https://arxiv.org/abs/1503.02531
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Dirichlet, MultivariateNormal
 from torch.linalg import vector_norm
 from torch.nn.utils import parametrizations
 
@@ -213,15 +215,80 @@ def weight_correlation(weight):
     return (w @ w.T).clamp(-1, 1).fill_diagonal_(1)  # also for a unit without weights, which varies by itself
 
 
+def feature_distribution(weight, sigma):
+    """h ~ N(0, Sigma), Sigma = sigma^2 R: a model of the outputs h of the layer with this weight, before its activation.
+
+    weight (D, M) -> a distribution over (D,). Soft-target synthesis [P]; the mean 0 is [I]. R may be singular: 1e-4 on
+    its diagonal makes the Cholesky factor exist [I].
+    """
+    R = weight_correlation(weight)
+    covariance = sigma**2 * (R + 1e-4 * torch.eye(len(R), device=R.device))
+    return MultivariateNormal(torch.zeros_like(R[0]), covariance)
+
+
+def feature_scale(weight, rest, certainty, count=4000):
+    """The sigma at which the teacher is as sure of sampled features as `certainty` says: L_oh(rest(h)) = certainty.
+
+    weight (D, M), rest: h (B, D) -> logits (B, K), certainty in nats -> float [I]. sigma has the unit of this teacher's
+    features, which nothing but data would tell; but a trained teacher is sure of what it was trained on, and how sure it
+    is has no unit. L_oh falls as sigma grows; the root is found by bisection, with fixed samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    unit = feature_distribution(weight, 1.0)
+    noise = torch.randn(count, len(weight), generator=generator).to(weight.device)
+    h = noise @ unit.scale_tril.T  # of standard deviation 1
+    low, high = 1e-3, 1e3
+    for _ in range(30):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if one_hot_loss(rest(middle * h)) < certainty else (middle, high)
+    return middle
+
+
+def soft_target_loss(logits, targets, temperature):
+    """tau^2 CE( y, softmax(T(x)/tau) ), batch mean: small when the teacher's output on x is the soft target y.
+
+    logits (B, K) = T(x), targets y (B, K) distributions -> scalar, at least tau^2 H(y). Soft-target synthesis and ZSKD
+    have tau = 20 and no factor tau^2 [P, C]; with it, the gradient does not vanish beside lambda_a L_a [I].
+    """
+    return temperature**2 * F.cross_entropy(logits / temperature, targets)
+
+
 def dirichlet_concentrations(weight):
     """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
 
-    weight (K, M) of the teacher's last layer -> (K, K). ZSKD draws targets for class k from
-    Dirichlet(beta c_k + 1e-4) [C].
+    weight (K, M) of the teacher's last layer -> (K, K). [C]
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)
     return (cosine - low) / (high - low)
+
+
+def dirichlet_targets(weight, count):
+    """y ~ Dirichlet(beta c_k + 1e-4): ZSKD's soft targets for random classes k, half with beta = 1, half with 0.1 [C].
+
+    weight (K, M) of the teacher's last layer -> targets (count, K), intended classes (count,).
+    """
+    k = torch.randint(len(weight), (count,), device=weight.device)
+    beta = torch.where(torch.arange(count, device=weight.device) < count // 2, 1.0, 0.1)
+    concentrations = beta[:, None] * dirichlet_concentrations(weight)[k] + 1e-4
+    return Dirichlet(concentrations).sample(), k
+
+
+def augmented(images, mirror):
+    """Images turned by up to 10 degrees, scaled by 0.9 to 1.1, shifted by up to 2 pixels in 32; `mirror`: half are flipped.
+
+    images (B, C, H, W) -> the same shape, bilinear. "Light augmentation" of the transfer set; the ranges are ours [I].
+    """
+    def uniform(low, high):
+        return torch.empty(len(images), device=images.device).uniform_(low, high)
+
+    angle, scale = uniform(-math.pi / 18, math.pi / 18), uniform(0.9, 1.1)
+    flip = uniform(-1, 1).sign() if mirror else torch.ones_like(scale)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    shift = uniform(-0.125, 0.125), uniform(-0.125, 0.125)
+    theta = torch.stack([flip * cos, -sin, shift[0], flip * sin, cos, shift[1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 # ---------------------------------------------------------------- DeepInversion
@@ -249,3 +316,29 @@ def batch_norm_loss(inputs, running_mean, running_var):
     """
     var, mean = torch.var_mean(inputs, (0, 2, 3), correction=0)
     return vector_norm(mean - running_mean) + vector_norm(var - running_var)
+
+
+@contextlib.contextmanager
+def batch_norm_inputs(net):
+    """Within the `with` block: a list to which each forward pass of `net` adds (layer, input) of its BatchNorm2d layers.
+
+    The caller empties it between passes. The hooks are gone after the block, however it ends.
+    """
+    inputs = []
+    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = [m.register_forward_pre_hook(lambda m, x: inputs.append((m, x[0]))) for m in layers]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def deepinversion_loss(images, logits, classes, batch_norm, a_tv, a_2, a_f):
+    """CE(t, y) + a_tv TV(x) + a_2 ||x||_2 + a_f sum_l BN_l: DeepInversion's objective [C].
+
+    images (B, C, H, W), logits (B, K), classes y (B,), batch_norm = [(layer, input), ...] as `batch_norm_inputs` collects
+    them (empty for a teacher without BatchNorm) -> scalar. CIFAR-10: a_tv = 2.5e-5 to 1e-3, a_f = 10 to 100 [C].
+    """
+    prior = sum(batch_norm_loss(h.float(), layer.running_mean, layer.running_var) for layer, h in batch_norm)
+    return F.cross_entropy(logits, classes) + a_tv * total_variation(images) + a_2 * vector_norm(images) + a_f * prior

@@ -4,7 +4,8 @@
     logits = net(x)                                   # x (B, C, 32, 32) -> (B, K)
     logits, features = net(x, return_features=True)   # features (B, D): what the last layer reads
 
-Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer.
+Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer, and `split(layer)` gives
+the way from the outputs of an inner layer to the logits.
 The LeNets and AlexNets are those of the code that DAFL and ZSKD published [C]; test_dfkd.py holds the parameter counts.
 
 References
@@ -30,6 +31,15 @@ class Classifier(nn.Module):
         logits = self.classifier(features).float()  # (B, K)
         return (logits, features) if return_features else logits
 
+    def split(self, layer):
+        """A linear layer, and the rest of the network: the function from its outputs (B, D) to the logits (B, K).
+
+        `layer` is "logits", the last layer, or "fc2", the last but one, for networks that have such a layer.
+        """
+        if layer != "logits":
+            raise ValueError(f"{type(self).__name__} has no layer '{layer}' whose outputs could be modelled, only 'logits'")
+        return self.classifier, nn.Identity()
+
 
 # ---------------------------------------------------------------- LeNet-5
 
@@ -51,6 +61,9 @@ class LeNet5(Classifier):
         x = F.max_pool2d(self.conv2(x), 2).relu()  # (B, 16, 5, 5)
         x = self.conv3(x).relu().flatten(1)  # (B, 120)
         return self.fc(x).relu()  # (B, 84)
+
+    def split(self, layer):
+        return (self.fc, nn.Sequential(nn.ReLU(), self.classifier)) if layer == "fc2" else super().split(layer)
 
 
 # ---------------------------------------------------------------- AlexNet
@@ -80,6 +93,9 @@ class AlexNet(Classifier):
 
     def penultimate(self, x):
         return self.body(x)  # (B, 256)
+
+    def split(self, layer):
+        return (self.body[-4], nn.Sequential(*self.body[-3:], self.classifier)) if layer == "fc2" else super().split(layer)
 
 
 # ---------------------------------------------------------------- ResNet and WRN

@@ -189,6 +189,140 @@ def test_weight_similarities():
     assert torch.linalg.eigvalsh(R.double()).min() > -1e-6
 
 
+# ---------------------------------------------------------------- images optimised against a teacher
+
+
+def test_sampled_features_have_the_modelled_covariance():
+    weight = torch.randn(6, 4)  # more units than inputs: R is singular
+    h = g.feature_distribution(weight, sigma=1.5).sample((100_000,))
+    assert torch.allclose(h.T.cov(), 1.5**2 * g.weight_correlation(weight), atol=0.05)
+    assert h.mean(0).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("name, layer", [
+    ("lenet5", "fc2"), ("lenet5_half", "logits"), ("alexnet", "fc2"), ("alexnet_half", "logits"), ("resnet18", "logits"),
+    ("wrn-16-1", "logits"),
+])  # fmt: skip
+def test_networks_split_in_two(name, layer):
+    net = models.build(name).eval()
+    linear, rest = net.split(layer)
+    outputs = []
+    with torch.no_grad():
+        linear.register_forward_hook(lambda m, inputs, output: outputs.append(output))
+        logits = net(torch.randn(2, 1, 32, 32))
+        assert torch.allclose(rest(outputs[0]), logits, atol=1e-6)
+    assert (linear is net.classifier) == (layer == "logits")
+    with pytest.raises(ValueError, match="no layer 'fc3'"):
+        net.split("fc3")
+
+
+def test_sigma_makes_the_teacher_as_sure_as_asked():
+    weight, last = torch.randn(20, 30), nn.Linear(20, 10).requires_grad_(False)
+    rest = nn.Sequential(nn.ReLU(), last)
+    sigma = g.feature_scale(weight, rest, certainty=0.3)
+    h = g.feature_distribution(weight, sigma).sample((20_000,))
+    assert float(g.one_hot_loss(rest(h))) == pytest.approx(0.3, abs=0.02)
+    assert g.feature_scale(weight, rest, certainty=0.1) > sigma
+    last.bias.zero_()
+    before = g.feature_scale(weight, rest, certainty=0.3)
+    last.weight.mul_(2)
+    assert g.feature_scale(weight, rest, certainty=0.3) == pytest.approx(before / 2, rel=1e-4)  # the unit cancels
+
+
+def test_soft_target_loss_is_the_scaled_cross_entropy(batch):
+    y = batch["s"].softmax(1)
+    expected = -(y * (batch["t"] / 20).log_softmax(1)).sum(1).mean() * 400
+    assert float(g.soft_target_loss(batch["t"], y, 20)) == pytest.approx(float(expected), rel=1e-9)
+    t = (20 * y.log()).requires_grad_()
+    (gradient,) = torch.autograd.grad(g.soft_target_loss(t, y, 20), t)
+    assert gradient.abs().max() < 1e-9  # the minimum is where the teacher's output is the target
+
+
+def test_dirichlet_targets():
+    weight = torch.randn(10, 6)
+    y, k = g.dirichlet_targets(weight, 20_000)
+    assert torch.allclose(y.sum(1), torch.ones(len(y)), atol=1e-5) and (y >= 0).all()
+    assert k.bincount(minlength=10).min() > 1500
+    smooth, sharp = y[:10_000], y[10_000:]
+    assert sharp.max(1).values.mean() > smooth.max(1).values.mean() + 0.2
+    c = g.dirichlet_concentrations(weight) + 1e-4
+    mean = torch.stack([smooth[k[:10_000] == j].mean(0) for j in range(10)])
+    assert torch.allclose(mean, c / c.sum(1, keepdim=True), atol=0.03)
+
+
+def test_augmentation_moves_images_a_little():
+    x = torch.zeros(2000, 1, 32, 32)
+    x[:, :, 15:17, 15:17] = 1
+    y = g.augmented(x, mirror=False)
+    rows = (y.sum((1, 3)) * (torch.arange(32) - 15.5)).sum(1) / y.sum((1, 2, 3))
+    assert y.shape == x.shape and 0.9 < rows.std() < 1.4 and 1.8 < rows.abs().max() < 2.6  # uniform in 2 pixels, over scale
+    assert y.mean() / x.mean() == pytest.approx(1, abs=0.1)
+    left = torch.zeros(2000, 3, 32, 32)
+    left[..., :16] = 1
+    assert g.augmented(left, mirror=False)[..., 2].mean() > 0.95
+    assert 0.4 < g.augmented(left, mirror=True)[..., 2].mean() < 0.6
+
+
+def test_batch_norm_hooks_leave_nothing_behind():
+    net, x = models.build("wrn-16-1").eval(), torch.randn(8, 1, 32, 32)
+    before = net(x)
+    with g.batch_norm_inputs(net) as collected:
+        assert torch.equal(net(x), before)
+    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [layer for layer, _ in collected] == layers
+    with pytest.raises(ZeroDivisionError), g.batch_norm_inputs(net):
+        1 / 0
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    collected.clear()
+    assert torch.equal(net(x), before) and not collected
+
+
+def test_the_batch_norm_term_is_zero_for_the_statistics_that_a_network_has_seen():
+    net, x = models.build("wrn-16-1"), torch.randn(8, 1, 32, 32)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 1.0
+    net(x)
+    net.eval()
+    with g.batch_norm_inputs(net) as seen:
+        logits = net(x)
+    with g.batch_norm_inputs(net) as unseen:
+        net(2 * x + 1)
+    y = torch.zeros(8, dtype=torch.long)
+
+    def loss(collected, a_f):
+        return g.deepinversion_loss(x, logits, y, collected, 0.5, 0.25, a_f).item()
+
+    base = F.cross_entropy(logits, y) + 0.5 * g.total_variation(x) + 0.25 * x.square().sum().sqrt()
+    assert loss([], 10.0) == pytest.approx(base.item(), rel=1e-5)
+    assert loss(seen, 1.0) - loss(seen, 0.0) < 0.1 * (loss(unseen, 1.0) - loss(unseen, 0.0))  # running_var is unbiased
+
+
+@pytest.mark.parametrize("method", ["soft-target", "zskd", "deepinversion"])
+def test_images_are_optimised_towards_their_targets(teacher_file, tmp_path, method):
+    args = dfkd.parse(["--method", method, "--teacher", str(teacher_file), "--image-steps", "150", "--precision", "fp32"])
+    args.layer, args.sigma = "fc2", 6.0
+    teacher = dfkd.load_weights(teacher_file, args).eval().requires_grad_(False)
+    run = dfkd.Run(args, None)
+    run.shown, seen, optimise = time.perf_counter(), {}, dfkd.optimise
+
+    def spied(objective, *rest):
+        seen["before"] = objective(torch.randn(48, 1, 32, 32))
+        seen["after"] = objective(x := optimise(objective, *rest))
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dfkd, "optimise", spied)
+        x, y, intended = dfkd.SYNTHESES[method](args, teacher, 48, run)
+    t, tau = teacher(x), args.temperature
+    least = -tau**2 * torch.xlogy(y, y).sum(1).mean()  # tau^2 H(y); L_a and DeepInversion's other terms are small here
+    assert seen["after"] - least < (seen["before"] - least) / 5
+    assert x.shape == (48, 1, 32, 32) and not x.requires_grad and all(p.grad is None for p in teacher.parameters())
+    assert (t.argmax(1) == y.argmax(1)).float().mean() > 0.9
+    if method != "deepinversion":
+        assert torch.corrcoef(torch.stack([(t / tau).softmax(1).flatten(), y.flatten()]))[0, 1] > 0.9
+
+
 # ---------------------------------------------------------------- networks
 
 
@@ -431,7 +565,9 @@ def command(teacher_dir, tmp_path):
     """command(out, *more): the arguments of a small run, with the string `flags` split."""
 
     def arguments(out, *more, flags=""):
-        small = "--steps 12 --eval-every 4 --batch 16 --width 8 --latent 10 --precision fp32"
+        small = "--steps 12 --eval-every 4 --batch 16 --precision fp32"
+        if "--images" not in flags:
+            small += " --width 8 --latent 10"
         if "--method" not in flags:
             small += " --generator-steps 6"
         return [*small.split(), "--teacher-dir", str(teacher_dir), "--out", str(tmp_path / out), *flags.split(), *more]
@@ -461,10 +597,10 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert time.perf_counter() - begun < 30
     printed, out = capsys.readouterr().out, tmp_path / "a"
     assert "eta" in printed and "teacher  lenet5" in printed and "variance" in printed
-    assert {p.name for p in out.iterdir()} == set(dfkd.FILES)
+    assert {p.name for p in out.iterdir()} == set(dfkd.FILES) - {"transfer"}
     result = json.loads((out / "result.json").read_text())
     fields = """method dataset teacher student seed steps teacher_accuracy accuracy_last accuracy_max accuracy_mean
-        accuracy_variance replay_bytes seconds args torch_version git_commit"""
+        accuracy_variance replay_bytes transfer_set seconds args torch_version git_commit"""
     assert list(result) == fields.split()
     curve = [float(row["accuracy"]) for row in csv.DictReader((out / "metrics.csv").open())]
     assert len(curve) == 3 and result["accuracy_last"] == curve[-1] and result["accuracy_max"] == max(curve)
@@ -505,6 +641,10 @@ INTERRUPTED = {  # flags, and the call of `minimise` that is interrupted
     "rdskd with a bank": ("--replay bank --bank-size 9", 13),
     "pre within a round": ("--method pre --student-steps 3 --memory-width 8", 8),
     "dafl": ("--method dafl --replay bank", 15),
+    "soft-target, images": ("--method soft-target --images 24 --image-batch 9 --image-steps 4", 7),
+    "soft-target, student": ("--method soft-target --images 16 --image-steps 4", 10),
+    "zskd, images": ("--method zskd --images 24 --image-batch 9 --image-steps 4", 10),
+    "deepinversion, images": ("--method deepinversion --images 16 --image-batch 8 --image-steps 4", 8),
 }
 
 
@@ -556,6 +696,21 @@ def test_rdskd_teaches_the_student(command, tmp_path):
 
 
 COMBINATIONS = [(method, memory) for method in ("rdskd", "dafl", "mskd", "pre") for memory in ("none", "vae", "bank")]
+
+
+@pytest.mark.parametrize("method", ["soft-target", "zskd", "deepinversion"])
+def test_transfer_sets_teach_the_student(teacher_dir, tmp_path, method, capsys):
+    flags = "--images 300 --image-batch 150 --image-steps 100 --image-lr 0.1 --steps 200 --eval-every 50 --precision fp32".split()
+    assert dfkd.main(["--method", method, *flags, "--teacher-dir", str(teacher_dir), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    made = result["transfer_set"]
+    assert result["accuracy_last"] > 25  # chance is 10
+    assert made["images"] == 300 and made["bytes"] == 300 * 32 * 32 * 2 and made["agreement"] > 0.9
+    assert (made["strayed"] > 0) == (method == "zskd")
+    stored = [torch.load(tmp_path / "transfer" / f"{i}.pt", weights_only=True) for i in (0, 150)]
+    assert all(s["images"].shape == (150, 1, 32, 32) and s["images"].dtype == torch.float16 for s in stored)
+    printed = capsys.readouterr().out
+    assert ("BatchNorm" in printed) == (method == "deepinversion") and printed.count("BatchNorm") <= 1
 
 
 @pytest.mark.parametrize("method, memory", [*COMBINATIONS, ("noise", None), ("kd", None)])
