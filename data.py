@@ -1,4 +1,4 @@
-"""Data sets: `glyphs`, drawn here, and MNIST, downloaded or read from files; checked, parsed, normalised.
+"""Data sets: `glyphs`, drawn here; MNIST, Fashion-MNIST, SVHN, CIFAR-10 and -100, read from files or downloaded.
 
     data = load("mnist", "datasets")        # images uint8 (N, C, 32, 32), labels int64 (N,)
     x = normalise(data.test_images, "mnist")  # float32, zero mean and unit variance per channel
@@ -11,6 +11,8 @@ import gzip
 import hashlib
 import http.client
 import os
+import struct
+import tarfile
 import urllib.error
 import urllib.request
 import zlib
@@ -46,13 +48,21 @@ class Data(NamedTuple):
 INFO = {
     "glyphs": Info(10, 1, (0.168,), (0.282,)),
     "mnist": Info(10, 1, (0.1307,), (0.3081,)),
+    "fashion-mnist": Info(10, 1, (0.2860,), (0.3530,)),
+    "svhn": Info(10, 3, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "cifar10": Info(10, 3, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), mirror=True),
+    "cifar100": Info(100, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), mirror=True),
 }
 
 
 def load(name, data_dir="datasets"):
-    """The data set `name`; files are looked for in, and downloaded to, the folder `data_dir`/`name`."""
+    """The data set `name`; its files are looked for in, and downloaded to, a folder of its own in `data_dir`."""
     if name == "glyphs":
         arrays = glyphs(20_000, seed=0) + glyphs(4_000, seed=1)
+    elif name == "svhn":
+        arrays = svhn(Path(data_dir) / name)
+    elif name in CIFAR:
+        arrays = cifar(name, Path(data_dir) / CIFAR[name].folder)
     else:
         arrays = idx_data_set(name, Path(data_dir) / name)
     images, labels = arrays[0::2], arrays[1::2]
@@ -61,7 +71,12 @@ def load(name, data_dir="datasets"):
 
 
 def to_32x32(images):
-    """uint8 array (N, 28, 28) -> uint8 tensor (N, 1, 32, 32), bilinear: the papers resize MNIST for LeNet-5 [C]."""
+    """uint8 array (N, 28, 28) or (N, 3, 32, 32) -> uint8 tensor (N, C, 32, 32).
+
+    Bilinear where the size differs: the papers resize MNIST for LeNet-5 [C].
+    """
+    if images.shape[1:] == (3, 32, 32):
+        return torch.from_numpy(images)
     chunks = torch.from_numpy(images).unsqueeze(1).split(4096)
     return torch.cat([F.interpolate(c.float(), size=32, mode="bilinear").round_().byte() for c in chunks])
 
@@ -142,14 +157,22 @@ def stroke_distance(points):
     return np.sqrt(np.maximum(squared, 0))
 
 
-# ---------------------------------------------------------------- MNIST: four IDX files
+# ---------------------------------------------------------------- MNIST and Fashion-MNIST: four IDX files
 
-# File name -> SHA-256 of its decompressed content: mirrors compress the same content differently.
+# File name -> checksum, see `download`.
 IDX_FILES = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    "mnist": {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "fashion-mnist": {
+        "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
 }
 MIRRORS = {
     "mnist": (
@@ -157,17 +180,21 @@ MIRRORS = {
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
         "https://azureopendatastorage.blob.core.windows.net/mnist/",
     ),
+    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+    "svhn": ("http://ufldl.stanford.edu/housenumbers/",),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/",),
 }
 
 
 def idx_data_set(name, folder):
     """Training images, training labels, test images, test labels from the four IDX files in `folder`."""
     arrays = []
-    for file, sha256 in IDX_FILES.items():
+    for file, checksum in IDX_FILES[name].items():
         path = next((p for p in (folder / file, folder / f"{file}.gz") if p.exists()), None)
         if path is None:
             path = folder / f"{file}.gz"
-            download(path, [mirror + path.name for mirror in MIRRORS[name]], sha256)
+            download(path, [mirror + path.name for mirror in MIRRORS[name]], checksum)
         arrays.append(parse_idx(path, read(path), 3 if "images" in file else 1))
         if len(arrays) % 2 == 0:
             check_labels(path, *arrays[-2:], INFO[name].classes)
@@ -207,11 +234,154 @@ def check_labels(path, images, labels, classes):
         raise DataError(f"{path}: label {labels.max()}, expected 0 to {classes - 1}; put the right file there")
 
 
+# ---------------------------------------------------------------- CIFAR: records of label bytes and 3072 pixels
+
+
+class Cifar(NamedTuple):
+    folder: str
+    archive: str
+    checksum: str
+    train: tuple
+    test: tuple
+    label_bytes: int  # the last of them is the label; CIFAR-100's first is a coarse one
+
+
+CIFAR = {
+    "cifar10": Cifar("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
+                     tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",), 1),
+    "cifar100": Cifar("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8",
+                      ("train.bin",), ("test.bin",), 2),
+}  # fmt: skip
+
+
+def cifar(name, folder):
+    """Training images, training labels, test images, test labels from the files in `folder`, or from the archive there.
+
+    The archive is read where it is; nothing is unpacked, and of its members' names only the last part counts.
+    """
+    known, held = CIFAR[name], {}
+    files = [folder / file for file in known.train + known.test]
+    if not all(path.exists() for path in files):
+        archive = folder / known.archive
+        if not archive.exists():
+            download(archive, [mirror + known.archive for mirror in MIRRORS[name]], known.checksum)
+        held = members(archive, {path.name for path in files})
+    arrays = []
+    for names in (known.train, known.test):
+        parts = [parse_cifar(folder / n, held[n] if held else read(folder / n), known, INFO[name].classes) for n in names]
+        arrays += map(np.concatenate, zip(*parts))
+    return arrays
+
+
+def members(archive, names):
+    """Name -> content of the files of these names in a tar archive."""
+    try:
+        with tarfile.open(archive) as tar:
+            held = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile() and Path(m.name).name in names}
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"{archive}: damaged or truncated archive ({error}); delete it and run again") from None
+    missing = sorted(names - held.keys())
+    if missing:
+        raise DataError(f"{archive}: no {missing[0]} in it; delete it and run again")
+    return held
+
+
+def parse_cifar(path, content, known, classes):
+    """A file of CIFAR's binary form: images (N, 3, 32, 32) and labels (N,)."""
+    size = known.label_bytes + 3072
+    if not content or len(content) % size:
+        raise DataError(f"{path}: {len(content)} bytes, expected a multiple of {size}; delete it and run again")
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    labels = records[:, known.label_bytes - 1]
+    if labels.max() >= classes:
+        n = int((labels >= classes).argmax())
+        raise DataError(f"{path}: label {labels[n]} at byte {n * size + known.label_bytes - 1}, expected 0 to {classes - 1}; "
+                        f"put the binary version there")  # fmt: skip
+    return records[:, known.label_bytes :].reshape(-1, 3, 32, 32).copy(), labels.astype(np.int64)
+
+
+# ---------------------------------------------------------------- SVHN: MATLAB 5 files
+
+SVHN_FILES = {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"}
+# The types of a MATLAB 5 element as numpy calls them; 14 is a matrix, 15 a compressed element.
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+
+
+def svhn(folder):
+    """Training images, training labels, test images, test labels; the digit 0 is stored as 10."""
+    arrays = []
+    for file, checksum in SVHN_FILES.items():
+        path = folder / file
+        if not path.exists():
+            download(path, [mirror + file for mirror in MIRRORS["svhn"]], checksum)
+        held = parse_mat(path, read(path))
+        X, y = held.get("X"), held.get("y")
+        if X is None or y is None or X.ndim != 4 or X.shape[:3] != (32, 32, 3) or X.dtype != np.uint8:
+            shapes = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in held.items()) or "nothing"
+            raise DataError(f"{path}: holds {shapes}, expected X uint8 (32, 32, 3, N) and y (N, 1); put the right file there")
+        images, labels = np.ascontiguousarray(X.transpose(3, 2, 0, 1)), y.flatten()
+        if len(labels) and (labels.min() < 1 or labels.max() > 10):
+            raise DataError(f"{path}: labels from {labels.min():g} to {labels.max():g}, expected 1 to 10; put the right file there")
+        labels = labels.astype(np.int64) % 10
+        check_labels(path, images, labels, 10)
+        arrays += [images, labels]
+    return arrays
+
+
+def parse_mat(path, content):
+    """The numeric arrays of a MATLAB 5 file by name: a header of 128 bytes, then elements, compressed ones or plain."""
+    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
+    if order is None:
+        raise DataError(f"{path}: byte 126 holds {content[126:128].hex() or 'nothing'}, expected 494d or 4d49 (MATLAB 5); "
+                        f"put the right file there")  # fmt: skip
+    arrays = {}
+    for kind, element, offset in mat_elements(path, content[128:], order, 128):
+        if kind == 15:
+            try:
+                element = zlib.decompress(element)
+            except zlib.error as error:
+                raise DataError(f"{path}: damaged compressed element at byte {offset} ({error}); delete it and run again") from None
+            kind, element, offset = next(mat_elements(path, element, order, offset), (0, b"", offset))
+        if kind == 14:
+            parts = list(mat_elements(path, element, order, offset))[:4]  # flags, dimensions, name, values
+            if len(parts) == 4 and parts[1][0] == 5 and parts[3][0] in MAT_TYPES:
+                shape = np.frombuffer(parts[1][1], order + "i4").tolist()
+                values = np.frombuffer(parts[3][1], order + MAT_TYPES[parts[3][0]])
+                if len(values) != np.prod(shape, dtype=object):
+                    raise DataError(f"{path}: {len(values)} values for {shape} at byte {offset}; delete it and run again")
+                arrays[parts[2][1].decode("latin-1")] = values.reshape(shape, order="F")
+    return arrays
+
+
+def mat_elements(path, content, order, offset):
+    """Yield (type, content, place in the file) of the elements that follow each other in `content`.
+
+    A tag is type and size, 4 bytes each; a short element has both in the first 4 bytes, 2 each, and its content in the
+    others. Elements begin at multiples of 8 but for those behind compressed ones. `offset`: where `content` begins.
+    """
+    at = 0
+    while at < len(content):
+        if at + 8 > len(content):
+            raise DataError(f"{path}: ends within the tag at byte {offset + at}; delete it and run again")
+        kind, size = struct.unpack_from(order + "II", content, at)
+        begin = at + 8
+        if kind >> 16:
+            kind, size, begin = kind & 0xFFFF, kind >> 16, at + 4
+        if begin + size > len(content):
+            raise DataError(f"{path}: {len(content) - begin} bytes left at byte {offset + at}, expected {size}; delete it and run again")
+        yield kind, content[begin : begin + size], offset + at
+        at = begin + size if kind == 15 else at + 8 * -(-(begin + size - at) // 8)
+
+
 # ---------------------------------------------------------------- downloads
 
 
-def download(path, urls, sha256):
-    """Fetch `path` from the first url that serves the right content; it appears under its name only when whole."""
+def download(path, urls, checksum):
+    """Fetch `path` from the first url that serves the right content; it appears under its name only when whole.
+
+    The checksum is an MD5 of the file, as its publisher gives it, or a SHA-256 of what the gzip file holds, because
+    MNIST's mirrors compress the same content differently.
+    """
     part = path.with_name(f"{path.name}.part")
     problems = []
     for url in urls:
@@ -220,8 +390,9 @@ def download(path, urls, sha256):
             print(f"downloading {url}", flush=True)
             with urllib.request.urlopen(url, timeout=30) as response:
                 part.write_bytes(response.read())
-            content = gzip.decompress(part.read_bytes())
-            if hashlib.sha256(content).hexdigest() != sha256:
+            content = part.read_bytes()
+            md5 = len(checksum) == 32
+            if (hashlib.md5(content) if md5 else hashlib.sha256(gzip.decompress(content))).hexdigest() != checksum:
                 raise ValueError("wrong checksum")
             os.replace(part, path)
             return

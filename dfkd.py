@@ -11,6 +11,7 @@ a teacher and no data.
 
 import argparse
 import csv
+import html
 import io
 import json
 import os
@@ -687,6 +688,44 @@ def png(images, columns=8):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def curves(folders):
+    """The student's accuracy over its steps in several runs, side by side: the bytes of one SVG picture.
+
+    The vertical axis begins at the lowest accuracy of the runs' second halves: what is below it, a run's beginning, is cut.
+    """
+    runs = []
+    for folder in map(Path, folders):
+        try:
+            rows = list(csv.DictReader((folder / "metrics.csv").open()))
+            runs.append([(int(row["step"]), float(row["accuracy"])) for row in rows])
+        except (OSError, KeyError, ValueError) as error:
+            raise RunError(f"--plot {folder}: no run with accuracies there ({type(error).__name__}: {error})") from None
+    last = max(run[-1][0] for run in runs)
+    top = max(a for run in runs for _, a in run)
+    bottom = min(a for run in runs for _, a in run[len(run) // 2 :])
+    bottom -= max(top - bottom, 0.1) / 10
+    width, height, colours = 640, 360, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999")
+
+    def place(step, accuracy):
+        return f"{50 + (width - 60) * step / last:.1f},{20 + (height - 50) * (top - accuracy) / (top - bottom):.1f}"
+
+    def label(x, y, text, more=""):
+        return f'<text x="{x}" y="{y}" {more}>{text}</text>'
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+             '<rect width="100%" height="100%" fill="white"/>',
+             f'<clipPath id="axes"><rect x="50" y="15" width="{width - 55}" height="{height - 45}"/></clipPath>',
+             f'<path d="M50 20V{height - 30}H{width - 10}" fill="none" stroke="#888"/>',
+             label(45, 24, f"{top:.1f} %", 'text-anchor="end"'), label(45, height - 30, f"{bottom:.1f} %", 'text-anchor="end"'),
+             label(width - 10, height - 12, f"student step {last}", 'text-anchor="end"')]  # fmt: skip
+    for i, (folder, run) in enumerate(zip(folders, runs)):
+        colour = colours[i % len(colours)]
+        points = " ".join(place(*row) for row in run)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5" clip-path="url(#axes)"/>')
+        parts.append(label(width - 14, height - 40 - 16 * i, html.escape(Path(folder).name), f'fill="{colour}" text-anchor="end"'))
+    return "\n".join([*parts, "</svg>\n"]).encode()
+
+
 def show(line, keep):
     """Print a progress line; on a terminal, one that is not to be kept is overwritten by the next."""
     if sys.stdout.isatty():
@@ -808,7 +847,11 @@ def parse(argv):
         "(default: auto, bf16 where the processor has it)")  # fmt: skip
     add("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice); results depend on it in the last bits")
 
+    add("--plot", nargs="+", metavar="RUN", help="distil nothing: draw these runs' accuracies over their steps into --out (default: curves.svg)")
+
     args = parser.parse_args(argv)
+    if args.plot:
+        return args
     schedules = SCHEDULES[args.method]
     numbers = {**schedules[args.schedule], **schedules.get(f"{args.schedule} {args.dataset}", {})}
     if "width" in numbers:  # the method trains a generator
@@ -947,7 +990,10 @@ def main(argv=None):
     args = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        distil(args)
+        if args.plot:
+            write(Path(args.out or "curves.svg"), curves(args.plot))
+        else:
+            distil(args)
         return 0
     except (RunError, data.DataError) as error:
         problem, code = str(error), 1

@@ -5,6 +5,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,9 +15,11 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -537,6 +540,136 @@ def test_damaged_idx_files_are_refused(mnist, file, damage, message):
     assert "t10k" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_fashion_mnist_is_read_like_mnist(mnist):
+    mnist.rename(mnist.parent / "fashion-mnist")
+    assert data.load("fashion-mnist", mnist.parent).train_images.shape == (30, 1, 32, 32)
+
+
+def records(n, label_bytes, seed=0):
+    rng = np.random.default_rng(seed)
+    labels, pixels = rng.integers(0, 10, (n, label_bytes), np.uint8), rng.integers(0, 256, (n, 3072), np.uint8)
+    return labels[:, -1], pixels, np.c_[labels, pixels].tobytes()
+
+
+def cifar_files(name):
+    known = data.CIFAR[name]
+    return {file: records(5, known.label_bytes, seed) for seed, file in enumerate(known.train + known.test)}
+
+
+@pytest.mark.parametrize("name", data.CIFAR)
+@pytest.mark.parametrize("packed", [False, True], ids=["files", "archive"])
+def test_cifar_files_are_read(tmp_path, name, packed):
+    known, files = data.CIFAR[name], cifar_files(name)
+    folder = tmp_path / known.folder
+    folder.mkdir()
+    if packed:
+        with tarfile.open(folder / known.archive, "w:gz") as tar:
+            for file, (_, _, content) in files.items():
+                member = tarfile.TarInfo(f"../../{known.folder}/{file}")  # a hostile path leads nowhere
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    else:
+        for file, (_, _, content) in files.items():
+            (folder / file).write_bytes(content)
+    real = data.load(name, tmp_path)
+    labels, pixels = (np.concatenate([files[file][i] for file in known.train]) for i in (0, 1))
+    assert real.train_labels.tolist() == labels.tolist()
+    assert np.array_equal(real.train_images.numpy(), pixels.reshape(-1, 3, 32, 32))
+    assert real.test_labels.tolist() == files[known.test[0]][0].tolist()
+    assert len(list(folder.iterdir())) == (1 if packed else len(files))
+
+
+CIFAR_DAMAGE = {
+    "truncated": (lambda b: b[:-1], "15364 bytes, expected a multiple of 3073"),
+    "empty": (lambda b: b"", "0 bytes"),
+    "label out of range": (lambda b: b[:3073] + b"\x0a" + b[3074:], "label 10 at byte 3073, expected 0 to 9"),
+}
+
+
+@pytest.mark.parametrize("damage, message", CIFAR_DAMAGE.values(), ids=CIFAR_DAMAGE)
+def test_damaged_cifar_files_are_refused(tmp_path, damage, message):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for file, (_, _, content) in cifar_files("cifar10").items():
+        (folder / file).write_bytes(damage(content) if file == "test_batch.bin" else content)
+    with pytest.raises(data.DataError, match=f"test_batch.bin: {message}"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("content, message", [(b"<html>", "damaged or truncated archive"), (None, "no data_batch_1.bin")])
+def test_damaged_cifar_archives_are_refused(tmp_path, content, message):
+    archive = tmp_path / "cifar-10-batches-bin" / "cifar-10-binary.tar.gz"
+    archive.parent.mkdir()
+    if content is None:
+        tarfile.open(archive, "w:gz").close()
+    else:
+        archive.write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        data.load("cifar10", tmp_path)
+
+
+def mat_element(order, kind, content, short=False):
+    if short:
+        tag = struct.pack(order + "I", len(content) << 16 | kind)
+        return tag + content.ljust(4, b"\0")
+    return struct.pack(order + "II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
+
+
+def mat_matrix(order, name, array, kind, compressed):
+    """A MATLAB 5 element that holds `array`, which is stored as type `kind` whatever its class."""
+    body = mat_element(order, 6, struct.pack(order + "II", 9, 0))
+    body += mat_element(order, 5, np.array(array.shape, order + "i4").tobytes())
+    body += mat_element(order, 1, name.encode(), short=True)
+    body += mat_element(order, kind, array.astype(order + data.MAT_TYPES[kind]).tobytes("F"))
+    matrix = mat_element(order, 14, body)
+    packed = zlib.compress(matrix)
+    return struct.pack(order + "II", 15, len(packed)) + packed if compressed else matrix
+
+
+def svhn_file(order="<", compressed=True, n=7, labels=None, more=b""):
+    rng = np.random.default_rng(n)
+    X = rng.integers(0, 256, (32, 32, 3, n), np.uint8)
+    y = rng.integers(1, 11, (n, 1)) if labels is None else np.array(labels).reshape(-1, 1)
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(order + "H", 0x100) + (b"IM" if order == "<" else b"MI")
+    content = header + mat_matrix(order, "X", X, 2, compressed) + more + mat_matrix(order, "y", y, 9, compressed)
+    return X, y, content
+
+
+@pytest.mark.parametrize("order", "<>", ids=["little-endian", "big-endian"])
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
+def test_svhn_files_are_read(tmp_path, order, compressed):
+    (tmp_path / "svhn").mkdir()
+    other = mat_element(order, 14, mat_element(order, 6, bytes(8)))  # an element without values, as a cell array has them
+    made = {file: svhn_file(order, compressed, n, more=other) for file, n in zip(data.SVHN_FILES, (9, 4))}
+    for file, (_, _, content) in made.items():
+        (tmp_path / "svhn" / file).write_bytes(content)
+    real = data.load("svhn", tmp_path)
+    X, y, _ = made["test_32x32.mat"]
+    assert real.train_images.shape == (9, 3, 32, 32) and real.test_images.shape == (4, 3, 32, 32)
+    assert all(np.array_equal(real.test_images[i, c], X[:, :, c, i]) for i in range(4) for c in range(3))
+    assert real.test_labels.tolist() == [0 if v == 10 else v for v in y.flatten()]
+
+
+SVHN_DAMAGE = {
+    "no MATLAB file": (b"<html>", "expected 494d or 4d49"),
+    "truncated": (svhn_file()[2][:-30], "bytes left at byte"),
+    "half a tag": (svhn_file()[2] + b"abc", "within the tag at byte"),
+    "damaged": (svhn_file()[2][:300] + bytes(8) + svhn_file()[2][308:], "damaged compressed element at byte 128"),
+    "label out of range": (svhn_file(labels=[1, 2, 3, 4, 5, 6, 11])[2], "labels from 1 to 11, expected 1 to 10"),
+    "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
+    "no X": (svhn_file()[2][:128], "holds nothing, expected X"),
+    "shape and values differ": (svhn_file(compressed=False)[2].replace(struct.pack("<i", 7), struct.pack("<i", 6), 1), "values for"),
+}
+
+
+@pytest.mark.parametrize("content, message", SVHN_DAMAGE.values(), ids=SVHN_DAMAGE)
+def test_damaged_svhn_files_are_refused(tmp_path, content, message):
+    (tmp_path / "svhn").mkdir()
+    (tmp_path / "svhn" / "train_32x32.mat").write_bytes(content)
+    with pytest.raises(data.DataError, match=f"train_32x32.mat: .*{message}"):
+        data.load("svhn", tmp_path)
+
+
 def test_downloads_are_checked_and_whole(tmp_path):
     content = idx(np.arange(5, dtype=np.uint8))
     right = hashlib.sha256(content).hexdigest()
@@ -549,6 +682,9 @@ def test_downloads_are_checked_and_whole(tmp_path):
     assert list(path.parent.iterdir()) == []
     data.download(path, [bad, cut, good], right)
     assert data.read(path) == content and list(path.parent.iterdir()) == [path]
+    other = path.with_name("other")
+    data.download(other, [bad, good], hashlib.md5((tmp_path / "good").read_bytes()).hexdigest())
+    assert other.read_bytes() == (tmp_path / "good").read_bytes()
 
 
 # ---------------------------------------------------------------- the command
@@ -631,6 +767,23 @@ def test_png_holds_the_images():
     assert (lines[:, 0] == 0).all()
     grid = torch.from_numpy(lines[:, 1:].copy()).view(2, 2, 2, 5, 3).permute(0, 2, 4, 1, 3)  # (row, column, C, H, W)
     assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
+
+
+def test_plot_draws_the_curves_of_runs(tmp_path, capsys):
+    curve = {"<a>": "step,accuracy\n10,20.0\n20,90.0\n30,95.0\n40,100.0\n", "b": "step,accuracy\n20,85.0\n40,92.0\n"}
+    for name, rows in curve.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(rows)
+    out = tmp_path / "curves.svg"
+    flags = ["--plot", *(str(tmp_path / name) for name in curve), "--out", str(out)]
+    assert dfkd.main(flags) == 0
+    picture = ElementTree.parse(out)
+    lines = [e.get("points").split() for e in picture.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(points) for points in lines] == [4, 2]
+    assert lines[0][-1] == "630.0,20.0" and lines[1][0].startswith("340.0,")  # 100 % at step 40 is the upper right corner
+    assert curve.keys() <= {e.text for e in picture.iter()}
+    (tmp_path / "b" / "metrics.csv").write_text("step,accuracy\n1,\n")  # a run with --no-eval
+    assert dfkd.main(flags) == 1 and "--plot" in one_line(capsys.readouterr().err)
 
 
 INTERRUPTED = {  # flags, and the call of `minimise` that is interrupted
