@@ -87,6 +87,18 @@ def normalise(images, name):
     return (images / 255 - mean) / std
 
 
+def cropped_and_mirrored(images):
+    """Each image at a random place of itself with a border of 4 zeros, half of them mirrored: for training on photographs.
+
+    uint8 (B, C, 32, 32) -> the same shape.
+    """
+    b, device = len(images), images.device
+    padded = F.pad(images, (4, 4, 4, 4))
+    rows, columns = torch.randint(9, (2, b, 1), device=device) + torch.arange(32, device=device)  # (B, 32) each
+    columns = torch.where(torch.rand(b, 1, device=device) < 0.5, columns, columns.flip(1))
+    return padded[torch.arange(b, device=device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
 # ---------------------------------------------------------------- glyphs: digits drawn from strokes
 
 

@@ -116,10 +116,13 @@ MEMORY = dict(
     teacher_term=True, balanced=True,
 )  # fmt: skip
 
-TEACHERS = {"glyphs": "lenet5", "mnist": "lenet5"}
-STUDENTS = {"lenet5": "lenet5_half", "alexnet": "alexnet_half", "resnet34": "resnet18", "wrn-40-2": "wrn-16-1"}
-TEACHER_EPOCHS = {"glyphs": 4, "mnist": 10}
-TEACHER_LR, TEACHER_BATCH = 3e-3, 128
+TEACHERS = {
+    "glyphs": "lenet5", "mnist": "lenet5", "fashion-mnist": "lenet5", "svhn": "wrn-40-2", "cifar10": "resnet34",
+    "cifar100": "resnet34",
+}  # fmt: skip
+STUDENTS = {"lenet5": "lenet5_half", "alexnet": "alexnet_half", "resnet34": "resnet18", "wrn-40-2": "wrn-16-1", "wrn-16-2": "wrn-16-1"}
+TEACHER_EPOCHS = {"glyphs": 4, "mnist": 10, "fashion-mnist": 15, "svhn": 15, "cifar10": 30, "cifar100": 40}
+TEACHER_BATCH = 128
 CERTAINTY = 0.2  # of the teacher about soft-target synthesis's features, L_oh in nats: what decides sigma [I]
 
 
@@ -431,8 +434,8 @@ def load_teacher(args, real):
         teacher = load_weights(Path(args.teacher), args)
     else:
         settings = dict(
-            dataset=args.dataset, data=zlib.crc32(real.train_images.numpy()), arch=args.teacher_arch,
-            epochs=args.teacher_epochs, lr=TEACHER_LR, batch=TEACHER_BATCH, seed=args.teacher_seed,
+            dataset=args.dataset, data=zlib.crc32(real.train_images.cpu().numpy()), arch=args.teacher_arch,
+            epochs=args.teacher_epochs, lr=teacher_lr(args), batch=TEACHER_BATCH, seed=args.teacher_seed,
             precision=args.precision, device=torch.device(args.device).type, threads=args.threads,
         )  # fmt: skip
         digest = zlib.crc32(json.dumps(settings).encode())
@@ -441,9 +444,10 @@ def load_teacher(args, real):
             teacher = load_weights(path, args)
             print(f"teacher    {args.teacher_arch}, trained before: {path}")
         else:
-            teacher = train_teacher(real, args)
             path.parent.mkdir(parents=True, exist_ok=True)
+            teacher = train_teacher(real, args, path.with_suffix(".training"))
             write(path, serialise(teacher.state_dict()))
+            path.with_suffix(".training").unlink(missing_ok=True)
             print(f"teacher    {args.teacher_arch}, saved for later runs: {path}")
     return teacher.eval().requires_grad_(False)
 
@@ -466,23 +470,49 @@ def load_weights(path, args):
     return net
 
 
-def train_teacher(real, args):
-    """A teacher trained by cross-entropy on the real training images: Adam, one learning-rate cycle."""
+def teacher_lr(args):
+    return 3e-3 if args.teacher_arch.startswith("lenet5") else 0.1
+
+
+def train_teacher(real, args, checkpoint):
+    """A teacher trained by cross-entropy on the real training images, over one learning-rate cycle.
+
+    LeNets by Adam; the larger networks by SGD with Nesterov's momentum. Where images may be mirrored, they are also
+    cropped at random. After each epoch all is saved in the file `checkpoint`, from which a stopped training goes on.
+    """
     torch.manual_seed(args.teacher_seed)
-    net = build(args.teacher_arch, args)
-    optimiser = adam(net, TEACHER_LR)
+    net, lr = build(args.teacher_arch, args), teacher_lr(args)
+    if args.teacher_arch.startswith("lenet5"):
+        optimiser = adam(net, lr)
+    else:
+        optimiser = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     count, begun = len(real.train_labels), time.perf_counter()
     per_epoch = max(1, count // TEACHER_BATCH)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, TEACHER_LR, args.teacher_epochs * per_epoch)
-    for epoch in range(1, args.teacher_epochs + 1):
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, args.teacher_epochs * per_epoch)
+    first, parts = 0, (net, optimiser, cycle)
+    if checkpoint.exists():
+        saved = load_file(checkpoint)
+        first = saved["epochs"]
+        for part, state in zip(parts, saved["parts"]):
+            part.load_state_dict(state)
+        set_random_state(saved["random"])
+    shown = begun
+    for epoch in range(first, args.teacher_epochs):
         order = torch.randperm(count)[: per_epoch * TEACHER_BATCH]
-        for index in order.split(TEACHER_BATCH):
-            x = data.normalise(real.train_images[index].to(args.device), args.dataset)
-            loss = F.cross_entropy(net(x), real.train_labels[index].to(args.device))
+        for step, index in enumerate(order.split(TEACHER_BATCH), start=1):
+            x = real.train_images[index]
+            if data.INFO[args.dataset].mirror:
+                x = data.cropped_and_mirrored(x)
+            loss = F.cross_entropy(net(data.normalise(x, args.dataset)), real.train_labels[index])
             minimise(loss, optimiser)
             cycle.step()
-        eta = (time.perf_counter() - begun) / epoch * (args.teacher_epochs - epoch)
-        show(f"teacher    {epoch}/{args.teacher_epochs} epochs  loss {loss.item():.4g}  eta {clock(eta)}", True)
+            now = time.perf_counter()
+            if step == per_epoch or now - shown > 15:
+                shown, done = now, epoch + step / per_epoch
+                eta = (now - begun) / (done - first) * (args.teacher_epochs - done)
+                show(f"teacher    {done:.4g}/{args.teacher_epochs} epochs  loss {loss.item():.4g}  eta {clock(eta)}", step == per_epoch)
+        state = [part.state_dict() for part in parts]
+        write(checkpoint, serialise(dict(epochs=epoch + 1, parts=state, random=random_state())))
     return net
 
 
@@ -493,7 +523,7 @@ def accuracy(net, images, labels, args):
     net.eval()
     right = 0
     for x, y in zip(images.split(2000), labels.split(2000)):
-        right += (net(data.normalise(x.to(args.device), args.dataset)).argmax(1) == y.to(args.device)).sum()
+        right += (net(data.normalise(x, args.dataset)).argmax(1) == y).sum()
     net.train(training)
     return 100 * right.item() / len(labels)
 
@@ -943,7 +973,7 @@ def distil(args):
     prepare(out, args.resume)
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}", flush=True)  # fmt: skip
-    real = None if args.no_eval else data.load(args.dataset, args.data_dir)
+    real = None if args.no_eval else data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
     teacher = load_teacher(args, real)
     args.teacher_crc = zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values()))
     if args.method == "soft-target":
@@ -966,7 +996,7 @@ def controls(args, real):
         return [lambda: torch.randn(args.batch, channels(args), 32, 32, device=args.device)]
     if args.method == "kd":
         count = len(real.train_images)
-        return [lambda: data.normalise(real.train_images[torch.randint(count, (args.batch,))].to(args.device), args.dataset)]
+        return [lambda: data.normalise(real.train_images[torch.randint(count, (args.batch,))], args.dataset)]
     return []
 
 

@@ -483,6 +483,17 @@ def test_images_are_normalised_and_resized():
     assert torch.allclose(data.normalise(x, "mnist"), torch.tensor((0.2 - 0.1307) / 0.3081))
 
 
+def test_crops_and_mirror_images():
+    x = torch.arange(1, 33 * 32 - 31).remainder(255).byte().view(1, 1, 32, 32).repeat(500, 3, 1, 1)
+    y = data.cropped_and_mirrored(x)
+    assert y.shape == x.shape and y.dtype == torch.uint8
+    padded = F.pad(x[0], (4, 4, 4, 4))
+    crops = {padded[:, i : i + 32, j : j + 32].numpy().tobytes(): (i, j) for i in range(9) for j in range(9)}
+    plain, mirrored = ([crops.get(image.contiguous().numpy().tobytes()) for image in v] for v in (y, y.flip(3)))
+    assert all((a is None) != (b is None) for a, b in zip(plain, mirrored))
+    assert len({*plain, *mirrored}) > 75 and 200 < sum(a is None for a in plain) < 300
+
+
 def test_the_normalisation_of_glyphs_is_that_of_its_images():
     x = data.normalise(data.to_32x32(data.glyphs(2_000, 0)[0]), "glyphs")
     assert x.mean().item() == pytest.approx(0, abs=0.02) and x.std().item() == pytest.approx(1, abs=0.02)
@@ -882,6 +893,30 @@ def test_every_method_and_replay_trains_its_student(teacher_dir, tmp_path, metho
     if memory == "vae":
         dfkd.main([*flags, "--resume"])  # the memory's state is in the checkpoint
         assert result["replay_bytes"] > 1000
+
+
+def test_a_stopped_teacher_goes_on(tmp_path, monkeypatch):
+    def train(folder):
+        flags = ["--teacher-epochs", "3", "--teacher-arch", "wrn-10-1", "--teacher-dir", str(tmp_path / folder), "--threads", "2"]
+        return dfkd.load_teacher(dfkd.parse(flags), small).state_dict()
+
+    x, y = data.glyphs(300, 0)
+    small = data.Data(data.to_32x32(x), torch.from_numpy(y), None, None)
+    whole, left, minimise = train("whole"), [5], dfkd.minimise  # 2 steps an epoch
+
+    def interrupted(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        minimise(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dfkd, "minimise", interrupted)
+        train("parts")
+    monkeypatch.setattr(dfkd, "minimise", lambda *args: (left.append(1), minimise(*args)))
+    again = train("parts")
+    assert len(left) == 3 and all(torch.equal(whole[k], again[k]) for k in whole)  # epochs 1 and 2 were there
+    assert [p.suffix for p in (tmp_path / "parts").iterdir()] == [".pt"]
 
 
 @pytest.fixture
