@@ -24,6 +24,11 @@ import time
 import zlib
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 import torch
 import torch.nn.functional as F
 
@@ -40,71 +45,79 @@ EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch
 # `default` is ours: minutes on two CPU cores. `paper` is the authors' own, for MNIST [C], but for what the papers leave
 # open [I]: PRE-DFKD's Adam lr of S and its cosine's step; all of MSKD. A further entry named after a data set holds what
 # differs there. temperature 0 stands for PRE-DFKD's mean |S(x) - T(x)|.
+TRANSFER = dict(batch=64, steps=12_000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=20.0)
+TRANSFER_PAPER = {**TRANSFER, "steps": 60_000}
+SGD = dict(student_optimiser="sgd", student_lr=0.1)
 SCHEDULES = {
     "rdskd": {
         "default": dict(
             batch=64, latent=100, width=64, generator_steps=1000, generator_lr=1e-3,
-            steps=5000, student_lr=1e-2, student_decay="cycle", temperature=10.0,
+            steps=5000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=10.0,
         ),
         "default mnist": dict(steps=12_000),
+        "default natural": dict(batch=256, latent=256, width=128, generator_steps=2400, steps=30_000, student_lr=2e-3),
         "paper": dict(
-            batch=512, latent=100, width=128, generator_steps=20 * EPOCH, generator_lr=1e-3,
-            steps=1000 * EPOCH, student_lr=2e-3, student_decay="none", temperature=10.0, eval_every=10 * EPOCH,
+            batch=512, latent=100, width=128, generator_steps=20 * EPOCH, generator_lr=1e-3, eval_every=10 * EPOCH,
+            steps=1000 * EPOCH, student_optimiser="adam", student_lr=2e-3, student_decay="none", temperature=10.0,
         ),
+        "paper svhn": dict(latent=1000),
+        "paper cifar10": dict(latent=1000, student_decay="drops"),
     },
     "pre": {
         "default": dict(
-            batch=128, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
-            steps=4000, student_lr=2e-3, student_decay="none", temperature=0.0, replay="vae",
+            batch=64, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
+            steps=6000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=0.0, replay="vae",
         ),
+        "default natural": dict(batch=256, latent=256, width=128, steps=30_000, student_decay="cosine", **SGD),
         "paper": dict(
             batch=1024, latent=1000, width=128, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
-            steps=400 * 36 * 10, student_lr=2e-3, student_decay="cosine", temperature=0.0, replay="vae",
-            memory_latent=1000, memory_width=128, eval_every=36 * 10,
+            steps=400 * 36 * 10, student_optimiser="adam", student_lr=2e-3, student_decay="cosine", temperature=0.0,
+            replay="vae", memory_latent=1000, memory_width=128, eval_every=36 * 10,
         ),
-    },
-    "dafl": {
-        "default": dict(
-            batch=128, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=1,
-            steps=2000, student_lr=2e-3, student_decay="none", temperature=1.0,
-        ),
-        "paper": dict(
-            batch=512, latent=100, width=128, generator_lr=0.2, loss_weights=(1, 5, 0.1), student_steps=1,
-            steps=200 * EPOCH, student_lr=2e-3, student_decay="none", temperature=1.0, eval_every=EPOCH,
-        ),
+        "paper natural": SGD,
     },
     "soft-target": {
         "default": dict(
-            images=12_000, image_batch=500, image_steps=500, image_lr=0.05, layer="auto", sigma="auto", loss_weights=(0.05,),
-            batch=64, steps=12_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+            images=12_000, image_batch=500, image_steps=100, image_lr=0.1, layer="auto", sigma="auto", loss_weights=(0.05,),
+            **TRANSFER,
         ),
         "paper": dict(
-            images=24_000, image_batch=500, image_steps=1500, image_lr=0.05, layer="auto", sigma=1.5, loss_weights=(0.05,),
-            batch=64, steps=60_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+            images=24_000, image_batch=500, image_steps=1500, image_lr=0.1, layer="auto", sigma=1.5, loss_weights=(0.05,),
+            **TRANSFER_PAPER,
+        ),
+        "paper natural": dict(images=40_000, sigma=2.0, loss_weights=(0.1,)),
+    },
+    "dafl": {
+        "default": dict(
+            batch=64, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=5,
+            steps=6000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=1.0,
+        ),
+        "default natural": dict(batch=256, latent=256, width=128, loss_weights=(0.05, 5, 0.01), steps=30_000, student_decay="cosine", **SGD),
+        "paper": dict(
+            batch=512, latent=100, width=128, generator_lr=0.2, loss_weights=(1, 5, 0.1), student_steps=1, eval_every=EPOCH,
+            steps=200 * EPOCH, student_optimiser="adam", student_lr=2e-3, student_decay="none", temperature=1.0,
+        ),
+        "paper natural": dict(
+            batch=1024, latent=1000, generator_lr=0.02, loss_weights=(0.05, 5, 0.01), steps=2000 * EPOCH, student_decay="drops", **SGD,
         ),
     },
     "zskd": {
-        "default": dict(
-            images=12_000, image_batch=500, image_steps=500, image_lr=0.05,
-            batch=64, steps=12_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
-        ),
-        "paper": dict(
-            images=24_000, image_batch=500, image_steps=1500, image_lr=0.05,
-            batch=64, steps=60_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
-        ),
+        "default": dict(images=12_000, image_batch=500, image_steps=100, image_lr=0.1, **TRANSFER),
+        "paper": dict(images=24_000, image_batch=500, image_steps=1500, image_lr=0.1, **TRANSFER_PAPER),
+        "paper natural": dict(images=40_000),
     },
     "deepinversion": {
         "default": dict(
-            images=12_000, image_batch=256, image_steps=500, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
-            batch=64, steps=12_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+            images=12_000, image_batch=256, image_steps=100, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
+            **TRANSFER,
         ),
         "paper": dict(
-            images=24_000, image_batch=256, image_steps=2000, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
-            batch=64, steps=60_000, student_lr=1e-2, student_decay="cycle", temperature=20.0,
+            images=40_000, image_batch=256, image_steps=2000, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
+            **TRANSFER_PAPER,
         ),
     },
-    "noise": {"default": dict(batch=128, steps=4000, student_lr=2e-3, student_decay="cosine", temperature=10.0)},
-    "kd": {"default": dict(batch=128, steps=4000, student_lr=2e-3, student_decay="cosine", temperature=10.0)},
+    "noise": {"default": {**TRANSFER, "temperature": 10.0}},
+    "kd": {"default": {**TRANSFER, "temperature": 10.0}},
 }  # fmt: skip
 SCHEDULES["mskd"] = SCHEDULES["dafl"]
 for same in ("noise", "kd"):
@@ -112,7 +125,7 @@ for same in ("noise", "kd"):
 # Replay, for every method with a generator. PRE-DFKD's lr of G is 0.02: the VAE has 1/40 of it, the latents all of it [C].
 # The VAE's size is ours: below the paper's 2.1 MB.
 MEMORY = dict(
-    replay="none", memory_latent=32, memory_width=48, memory_lr=0.02 / 40, latent_lr=0.02, bank_size=4096,
+    replay="none", memory_latent=32, memory_width=32, memory_lr=0.02 / 40, latent_lr=0.02, bank_size=4096,
     teacher_term=True, balanced=True,
 )  # fmt: skip
 
@@ -216,8 +229,9 @@ def generator_objective(args, z, x, teacher, student):
 def transfer_set(args, teacher, student, run):
     """Soft-target synthesis, ZSKD, DeepInversion: optimise images against T, a file for each batch; train S on the finished set.
 
-    The files hold float16: its rounding, 1 part in 2000, is far below the noise that the images begin with, and S gets T's
-    outputs on the images as they are stored.
+    The files hold float16: its rounding, 1 part in 2000, is far below the noise that the images begin with, and what S
+    learns are T's outputs on the images as S sees them: from the files, and augmented [I]. T's outputs before the
+    augmentation would mislead S: synthetic images lose their class with small changes of their pixels.
     """
     optimiser_S, decay_S = student_optimiser(student, args)
     run.track(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
@@ -235,13 +249,13 @@ def transfer_set(args, teacher, student, run):
 
     batches = [load_file(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
     images, targets, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "targets", "intended"))
-    labels = torch.cat([teacher(x.float()) for x in images.split(1000)])
+    logits = torch.cat([teacher(x.float()) for x in images.split(1000)])
     run.facts.update(images=len(images), bytes=images.nbytes)
-    run.facts.update((k, v.item()) for k, v in measures(labels, targets, intended).items())
+    run.facts.update((k, v.item()) for k, v in measures(logits, targets, intended).items())
     for _ in run.steps("student", args.steps, evaluate=True):
         index = torch.randint(len(images), (args.batch,), device=args.device)
-        x = generators.augmented(images[index].float(), data.INFO[args.dataset].mirror)
-        L_kd = imitate(x, labels[index], args, student, optimiser_S, decay_S)
+        x = generators.augmented(images[index].float(), info(args).mirror)
+        L_kd = imitate(x, teacher(x), args, student, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
 
 
@@ -287,7 +301,7 @@ def zskd_images(args, teacher, count, run):
 
 def deepinversion_images(args, teacher, count, run):
     """DeepInversion [C]: random classes, images that have T's BatchNorm statistics and look smooth."""
-    y = torch.randint(data.INFO[args.dataset].classes, (count,), device=args.device)
+    y = torch.randint(info(args).classes, (count,), device=args.device)
     with generators.batch_norm_inputs(teacher) as collected:
 
         def objective(x):
@@ -296,7 +310,7 @@ def deepinversion_images(args, teacher, count, run):
             return generators.deepinversion_loss(x, teacher(x), y, collected, *args.loss_weights)
 
         x = optimise(objective, args, count, run)
-    return x, F.one_hot(y, data.INFO[args.dataset].classes).float(), y
+    return x, F.one_hot(y, info(args).classes).float(), y
 
 
 SYNTHESES = {"soft-target": soft_target_images, "zskd": zskd_images, "deepinversion": deepinversion_images}
@@ -304,7 +318,7 @@ SYNTHESES = {"soft-target": soft_target_images, "zskd": zskd_images, "deepinvers
 
 def optimise(objective, args, count, run):
     """x* = argmin objective(x) by Adam from noise; it ends early when 50 steps bring less than 1 % of the decrease so far [I]."""
-    x = torch.randn(count, channels(args), 32, 32, device=args.device).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(count, info(args).channels, 32, 32, device=args.device).to(memory_format=torch.channels_last).requires_grad_()
     optimiser = torch.optim.Adam([x], args.image_lr)
     losses, means = [], []
     for step in range(1, args.image_steps + 1):
@@ -351,24 +365,27 @@ METHODS = {
 
 
 def generator(args, spectral_norm=False):
-    G = generators.Generator(args.latent, channels(args), width=args.width, spectral_norm=spectral_norm)
+    G = generators.Generator(args.latent, info(args).channels, width=args.width, spectral_norm=spectral_norm)
     return in_precision(G.to(args.device, memory_format=torch.channels_last), args)
 
 
 def replay_memory(args):
     """What --replay asks for: a module with `learn` and `recall`, or None."""
     if args.replay == "bank":
-        return replay.Bank(args.bank_size, channels(args)).to(args.device)
+        return replay.Bank(args.bank_size, info(args).channels).to(args.device)
     if args.replay == "vae":
-        vae = replay.VAE(args.memory_latent, channels(args), width=args.memory_width)
+        vae = replay.VAE(args.memory_latent, info(args).channels, width=args.memory_width)
         vae.to(args.device, memory_format=torch.channels_last)
         for part in (vae.encoder, vae.decoder):
             in_precision(part, args)
         return replay.PseudoReplay(vae, args.memory_lr, args.latent_lr, args.teacher_term, args.balanced)
 
 
-def channels(args):
-    return data.INFO[args.dataset].channels
+def info(args):
+    """What the run knows of the data: of the data set by name, or the shape of somebody's own teacher."""
+    if args.dataset == "own":
+        return data.Info(args.num_classes, args.channels, (0.5,) * args.channels, (0.25,) * args.channels)
+    return data.INFO[args.dataset]
 
 
 def latents(args):
@@ -392,14 +409,19 @@ def adam(net, lr):
 
 
 def student_optimiser(student, args):
-    """Adam for S, and its learning rate over the steps: constant, a half cosine down to 0, or one cycle.
+    """Adam or SGD for S, and its learning rate over the steps: constant, a half cosine down to 0, one cycle, or in drops.
 
     The cycle's warm-up matters for networks without BatchNorm: at RDSKD's default rate of 0.01, two fifths of the units
     of LeNet-5-half's last convolution die without it, one fifth with it.
     """
-    optimiser = adam(student, args.student_lr)
+    if args.student_optimiser == "sgd":
+        optimiser = torch.optim.SGD(student.parameters(), args.student_lr, momentum=0.9, weight_decay=5e-4)
+    else:
+        optimiser = adam(student, args.student_lr)
     if args.student_decay == "cycle":
         return optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, args.student_lr, args.steps, pct_start=0.15)
+    if args.student_decay == "drops":
+        return optimiser, torch.optim.lr_scheduler.MultiStepLR(optimiser, [800 * EPOCH, 1600 * EPOCH])
     if args.student_decay == "cosine":
         return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
     return optimiser, torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
@@ -423,8 +445,7 @@ def in_precision(net, args):
 
 def build(arch, args):
     """A classifier for the data set. LeNets stay in float32: they are too small to gain from less, as measured."""
-    info = data.INFO[args.dataset]
-    net = models.build(arch, info.classes, info.channels).to(args.device, memory_format=torch.channels_last)
+    net = models.build(arch, info(args).classes, info(args).channels).to(args.device, memory_format=torch.channels_last)
     return net if arch.startswith("lenet5") else in_precision(net, args)
 
 
@@ -465,8 +486,8 @@ def load_weights(path, args):
         net.load_state_dict(weights)
     except RuntimeError as error:  # a headline, then a line for each kind of difference
         reason = str(error).splitlines()[1].strip()
-        raise RunError(f"{path}: not a {args.teacher_arch} with {data.INFO[args.dataset].classes} classes, "
-                       f"see --teacher-arch: {reason[:160]}") from None  # fmt: skip
+        raise RunError(f"{path}: not a {args.teacher_arch} with {info(args).classes} classes and {info(args).channels} "
+                       f"channels, see --teacher-arch: {reason[:160]}") from None  # fmt: skip
     return net
 
 
@@ -628,7 +649,7 @@ class Run:
 
     def picture(self):
         x = self.samples()
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.INFO[self.args.dataset][2:4])
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in info(self.args)[2:4])
         return png((x.float().cpu() * std + mean).clamp(0, 1))
 
     def finish(self, teacher_accuracy):
@@ -826,8 +847,10 @@ def parse(argv):
     add("--dataset", choices=data.INFO, default="glyphs", help="what the teacher was trained on (default: glyphs, drawn here)")
     add("--data-dir", default="datasets", metavar="DIR", help="folder with a folder per data set; downloads go there (default: datasets)")
     add("--teacher", metavar="FILE", help="the teacher's state dict; without it, one is trained and kept in --teacher-dir")
-    add("--teacher-arch", metavar="NAME", help=f"the teacher's network: {', '.join(models.NAMES)}, or any wrn-D-K (default: lenet5)")
-    add("--student-arch", metavar="NAME", help="the student's network, of the same names (default: the papers' for this teacher, lenet5_half)")
+    add("--teacher-arch", metavar="NAME", help=f"the teacher's network: {', '.join(models.NAMES)}, or any wrn-D-K (default: {', '.join(f'{k} {v}' for k, v in TEACHERS.items())})")
+    add("--num-classes", type=integer(2), metavar="K", help="a teacher of your own: its classes; no data set is touched")
+    add("--channels", type=integer(1), metavar="C", help="and the channels of its images (default: 3)")
+    add("--student-arch", metavar="NAME", help="the student's network, of the same names (default: the papers' for this teacher)")
     add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
 
     add = parser.add_argument_group("schedule (defaults of each method: below)").add_argument
@@ -840,7 +863,9 @@ def parse(argv):
     add("--width", type=integer(2), metavar="N", help="channels of the generator's first convolution; the second has half")
     add("--generator-lr", type=number(), metavar="LR", help="learning rate of the generator")
     add("--student-lr", type=number(), metavar="LR", help="learning rate of the student")
-    add("--student-decay", choices=("none", "cosine", "cycle"), help="the student's learning rate over its steps: constant, falling, or rising for 15 %% of them and falling")
+    add("--student-optimiser", choices=("adam", "sgd"), help="the student's optimiser; sgd: momentum 0.9, weight decay 5e-4")
+    add("--student-decay", choices=("none", "cosine", "cycle", "drops"), help="the student's learning rate over its steps: constant, "
+        f"falling, rising for 15 %% of them and falling, or a tenth of itself from steps {800 * EPOCH} and {1600 * EPOCH} on")  # fmt: skip
     add("--temperature", type=number(zero=True), metavar="TAU", help="of the distillation loss; 0: mean |S(x) - T(x)|, as pre has it")
     add("--loss-weights", type=number(zero=True), nargs="+", metavar="A", help="of L_oh, L_ie and the third term (dafl, mskd, pre); "
         "of L_a (soft-target); of TV, L2 and BatchNorm statistics (deepinversion)")  # fmt: skip
@@ -864,7 +889,7 @@ def parse(argv):
     add("--balanced", action=switch, help="category-balanced inference of memory samples (default: yes)")
 
     add = parser.add_argument_group("the teacher that is trained here").add_argument
-    add("--teacher-epochs", type=integer(1), metavar="N", help="epochs over the real training images (default: glyphs 4, mnist 10)")
+    add("--teacher-epochs", type=integer(1), metavar="N", help=f"epochs over the real training images (default: {', '.join(f'{k} {v}' for k, v in TEACHER_EPOCHS.items())})")
     add("--teacher-seed", type=integer(0), default=0, metavar="N", help="its seed (default: 0)")
     add("--teacher-dir", default="runs/teachers", metavar="DIR", help="where trained teachers are kept (default: runs/teachers)")
 
@@ -882,8 +907,15 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.plot:
         return args
+    if args.num_classes or args.channels:
+        if not args.teacher or not args.teacher_arch:
+            parser.error("--num-classes and --channels describe a teacher of your own: give --teacher FILE and --teacher-arch NAME")
+        args.dataset, args.no_eval = "own", True
+        args.num_classes, args.channels = args.num_classes or 10, args.channels or 3
     schedules = SCHEDULES[args.method]
-    numbers = {**schedules[args.schedule], **schedules.get(f"{args.schedule} {args.dataset}", {})}
+    numbers = dict(schedules[args.schedule])
+    for special in ["natural"] * (info(args).channels == 3) + [args.dataset]:
+        numbers.update(schedules.get(f"{args.schedule} {special}", {}))
     if "width" in numbers:  # the method trains a generator
         numbers = {**MEMORY, **numbers}
     for key in {k for s in SCHEDULES.values() for k in s["default"]} | set(MEMORY):
@@ -901,7 +933,7 @@ def parse(argv):
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
     args.student_arch = args.student_arch or STUDENTS.get(args.teacher_arch, args.teacher_arch)
-    args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS[args.dataset]
+    args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS.get(args.dataset)
     if args.no_eval and not args.teacher:
         parser.error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
     if args.no_eval and args.method == "kd":
@@ -993,7 +1025,7 @@ def distil(args):
 def controls(args, real):
     """What `noise` and `kd` draw instead of generated images; nothing for a method of data-free distillation."""
     if args.method == "noise":
-        return [lambda: torch.randn(args.batch, channels(args), 32, 32, device=args.device)]
+        return [lambda: torch.randn(args.batch, info(args).channels, 32, 32, device=args.device)]
     if args.method == "kd":
         count = len(real.train_images)
         return [lambda: data.normalise(real.train_images[torch.randint(count, (args.batch,))], args.dataset)]
@@ -1012,8 +1044,17 @@ def summary(result, out):
     if made:
         print(f"images   {made['images']}: the teacher puts {100 * made['agreement']:.1f} % of them into their target's top class")
         print(f"         top class of the target not the intended one: {100 * made['strayed']:.1f} %")
-    print(f"time     {clock(result['seconds'])} for the distillation")
+    print(f"time     {clock(result['seconds'])} for the distillation; memory {peak_memory(result['args']['device'])} at the peak")
     print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
+
+
+def peak_memory(device):
+    """The most memory that this process held, on the GPU where it computed there."""
+    if device == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's"
+    if not resource:
+        return "unknown"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20):.2f} GiB"
 
 
 def main(argv=None):
