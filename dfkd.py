@@ -66,7 +66,7 @@ SCHEDULES = {
     "pre": {
         "default": dict(
             batch=64, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
-            steps=6000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=0.0, replay="vae",
+            steps=4000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=0.0, replay="vae",
         ),
         "default natural": dict(batch=256, latent=256, width=128, steps=30_000, student_decay="cosine", **SGD),
         "paper": dict(
@@ -90,7 +90,7 @@ SCHEDULES = {
     "dafl": {
         "default": dict(
             batch=64, latent=100, width=48, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=5,
-            steps=6000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=1.0,
+            steps=4000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=10.0,
         ),
         "default natural": dict(batch=256, latent=256, width=128, loss_weights=(0.05, 5, 0.01), steps=30_000, student_decay="cosine", **SGD),
         "paper": dict(
@@ -317,13 +317,18 @@ SYNTHESES = {"soft-target": soft_target_images, "zskd": zskd_images, "deepinvers
 
 
 def optimise(objective, args, count, run):
-    """x* = argmin objective(x) by Adam from noise; it ends early when 50 steps bring less than 1 % of the decrease so far [I]."""
+    """x* = argmin objective(x) by Adam from noise, within the range of pixels [I].
+
+    It ends early when 50 steps bring less than 1 % of the decrease so far.
+    """
+    mean, std = (torch.tensor(v, device=args.device).view(-1, 1, 1) for v in info(args)[2:4])
     x = torch.randn(count, info(args).channels, 32, 32, device=args.device).to(memory_format=torch.channels_last).requires_grad_()
     optimiser = torch.optim.Adam([x], args.image_lr)
     losses, means = [], []
     for step in range(1, args.image_steps + 1):
         L = objective(x)
         minimise(count * L, optimiser)  # the sum: what Adam's eps is to a gradient must not depend on the batch
+        x.data.clamp_(-mean / std, (1 - mean) / std)
         losses.append(L.detach())
         if step % 50 == 0:
             means.append(torch.stack(losses).mean().item())
