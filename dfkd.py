@@ -15,6 +15,7 @@ import html
 import io
 import json
 import os
+import re
 import signal
 import statistics
 import struct
@@ -744,18 +745,45 @@ def png(images, columns=8):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def finished(folder):
+    """A run's result and its curve, [(step, accuracy), ...]."""
+    try:
+        rows = list(csv.DictReader((folder / "metrics.csv").open()))
+        curve = [(int(row["step"]), float(row["accuracy"])) for row in rows]
+        return json.loads((folder / "result.json").read_text()), curve
+    except (OSError, KeyError, ValueError) as error:
+        raise RunError(f"{folder}: no finished run with accuracies there ({type(error).__name__}: {error})") from None
+
+
+def results_table(folders):
+    """Runs that differ in nothing but the seed as one row each of a Markdown table; figures as PRE-DFKD reports them."""
+    groups = {}
+    for folder in map(Path, folders):
+        groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(finished(folder))
+    lines = ["| run | teacher | student | seeds | maximum | μ | σ² | μ, second half | σ², second half | replay kB | minutes |", "|---" * 11 + "|"]
+    for name, runs in groups.items():
+        results, curves_ = zip(*runs)
+        last = [r["accuracy_last"] for r in results]
+        halves = [[a for _, a in curve[len(curve) // 2 :]] for curve in curves_]
+
+        def mean(key, scale=1.0):
+            return statistics.fmean(r[key] for r in results) / scale
+
+        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        cells = [name, f"{mean('teacher_accuracy'):.2f}", f"{statistics.fmean(last):.2f}{spread}", ", ".join(f"{v:.2f}" for v in last),
+                 f"{mean('accuracy_max'):.2f}", f"{mean('accuracy_mean'):.2f}", f"{mean('accuracy_variance'):.2f}",
+                 f"{statistics.fmean(map(statistics.fmean, halves)):.2f}", f"{statistics.fmean(map(statistics.pvariance, halves)):.3f}",
+                 f"{mean('replay_bytes', 1000):.0f}", f"{mean('seconds', 60):.1f}"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def curves(folders):
     """The student's accuracy over its steps in several runs, side by side: the bytes of one SVG picture.
 
     The vertical axis begins at the lowest accuracy of the runs' second halves: what is below it, a run's beginning, is cut.
     """
-    runs = []
-    for folder in map(Path, folders):
-        try:
-            rows = list(csv.DictReader((folder / "metrics.csv").open()))
-            runs.append([(int(row["step"]), float(row["accuracy"])) for row in rows])
-        except (OSError, KeyError, ValueError) as error:
-            raise RunError(f"--plot {folder}: no run with accuracies there ({type(error).__name__}: {error})") from None
+    runs = [finished(Path(folder))[1] for folder in folders]
     last = max(run[-1][0] for run in runs)
     top = max(a for run in runs for _, a in run)
     bottom = min(a for run in runs for _, a in run[len(run) // 2 :])
@@ -907,10 +935,12 @@ def parse(argv):
         "(default: auto, bf16 where the processor has it)")  # fmt: skip
     add("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice); results depend on it in the last bits")
 
-    add("--plot", nargs="+", metavar="RUN", help="distil nothing: draw these runs' accuracies over their steps into --out (default: curves.svg)")
+    add = parser.add_argument_group("finished runs: distil nothing").add_argument
+    add("--plot", nargs="+", metavar="RUN", help="draw these runs' accuracies over their steps into --out (default: curves.svg)")
+    add("--table", nargs="+", metavar="RUN", help="print a row for each group of runs that differ in the seed, the end of their names")
 
     args = parser.parse_args(argv)
-    if args.plot:
+    if args.plot or args.table:
         return args
     if args.num_classes or args.channels:
         if not args.teacher or not args.teacher_arch:
@@ -1068,6 +1098,8 @@ def main(argv=None):
     try:
         if args.plot:
             write(Path(args.out or "curves.svg"), curves(args.plot))
+        elif args.table:
+            print(results_table(args.table))
         else:
             distil(args)
         return 0

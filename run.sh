@@ -4,6 +4,7 @@
 #   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
+#   ./run.sh table DATA [FLAGS]   the README's rows for mnist or cifar10; stop it at will, the same command goes on
 #
 # Where the current python3 (or $PYTHON) already has torch, it is used as it is; else everything goes into .venv.
 set -euo pipefail
@@ -44,6 +45,35 @@ set_up() {
     has "$python" "$1" || fail "torch does not work in .venv; remove .venv and run again"
 }
 
+# Make one run of a table, unless it is there: its name, then flags. A stopped one goes on.
+row() {
+    local name=$1
+    shift
+    [ -f "runs/$name/result.json" ] || "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume "$@" "${more[@]}"
+    rows+=("runs/$name")
+}
+
+table() {
+    local seed memory method pair
+    for seed in ${SEEDS:-0 1 2}; do
+        if [ "$data" = mnist ]; then
+            for method in noise kd rdskd zskd soft-target; do row "mnist-$method-$seed" --method $method --seed $seed; done
+            row "mnist-soft-target-logits-$seed" --method soft-target --layer logits --seed $seed
+            for memory in none bank vae; do row "mnist-pre-$memory-$seed" --method pre --replay $memory --seed $seed; done
+            row "mnist-pre-no-teacher-term-$seed" --method pre --no-teacher-term --seed $seed
+            row "mnist-pre-no-balanced-$seed" --method pre --no-balanced --seed $seed
+            for memory in none vae; do row "mnist-dafl-$memory-$seed" --method dafl --replay $memory --seed $seed; done
+        else
+            for pair in "resnet34 resnet18" "wrn-40-2 wrn-16-1"; do
+                for method in pre rdskd soft-target dafl; do
+                    row "$data-${pair// /-}-$method-$seed" --teacher-arch ${pair% *} --student-arch ${pair#* } --method $method --seed $seed
+                done
+            done
+        fi
+    done
+    "$python" dfkd.py --table "${rows[@]}"
+}
+
 case "${1:-}" in
     test)
         shift
@@ -54,9 +84,16 @@ case "${1:-}" in
         set_up pytest pytest
         exec "$python" test_dfkd.py
         ;;
+    table)
+        data=${2:-} rows=()
+        case "$data" in mnist | cifar10) ;; *) fail "./run.sh table needs mnist or cifar10" ;; esac
+        more=("${@:3}")
+        set_up sys
+        table
+        ;;
     "" | -*)
         set_up sys
         exec "$python" dfkd.py --method rdskd "$@"
         ;;
-    *) fail "unknown job '$1'; the jobs are test, bench, or none for the main job" ;;
+    *) fail "unknown job '$1'; the jobs are test, bench, table, or none for the main job" ;;
 esac

@@ -780,21 +780,37 @@ def test_png_holds_the_images():
     assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
 
 
-def test_plot_draws_the_curves_of_runs(tmp_path, capsys):
-    curve = {"<a>": "step,accuracy\n10,20.0\n20,90.0\n30,95.0\n40,100.0\n", "b": "step,accuracy\n20,85.0\n40,92.0\n"}
-    for name, rows in curve.items():
+@pytest.fixture
+def two_runs(tmp_path):
+    """The folders of two finished runs."""
+    curves = {"<a>-0": "step,accuracy\n10,20.0\n20,90.0\n30,95.0\n40,100.0\n", "<a>-1": "step,accuracy\n20,85.0\n40,92.0\n"}
+    for name, rows in curves.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(rows)
+        curve = [float(line.split(",")[1]) for line in rows.split()[1:]]
+        result = dict(accuracy_last=curve[-1], accuracy_max=max(curve), accuracy_mean=50, accuracy_variance=4, teacher_accuracy=99)
+        (tmp_path / name / "result.json").write_text(json.dumps({**result, "replay_bytes": 5000, "seconds": 90}))
+    return [str(tmp_path / name) for name in curves]
+
+
+def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
     out = tmp_path / "curves.svg"
-    flags = ["--plot", *(str(tmp_path / name) for name in curve), "--out", str(out)]
+    flags = ["--plot", *two_runs, "--out", str(out)]
     assert dfkd.main(flags) == 0
     picture = ElementTree.parse(out)
     lines = [e.get("points").split() for e in picture.iter("{http://www.w3.org/2000/svg}polyline")]
     assert [len(points) for points in lines] == [4, 2]
     assert lines[0][-1] == "630.0,20.0" and lines[1][0].startswith("340.0,")  # 100 % at step 40 is the upper right corner
-    assert curve.keys() <= {e.text for e in picture.iter()}
-    (tmp_path / "b" / "metrics.csv").write_text("step,accuracy\n1,\n")  # a run with --no-eval
-    assert dfkd.main(flags) == 1 and "--plot" in one_line(capsys.readouterr().err)
+    assert {"<a>-0", "<a>-1"} <= {e.text for e in picture.iter()}
+    Path(two_runs[1], "metrics.csv").write_text("step,accuracy\n1,\n")  # a run with --no-eval
+    assert dfkd.main(flags) == 1 and "no finished run" in one_line(capsys.readouterr().err)
+
+
+def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
+    assert dfkd.main(["--table", *two_runs]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    cells = "<a> | 99.00 | 96.00 ± 5.66 | 100.00, 92.00 | 96.00 | 50.00 | 4.00 | 94.75 | 3.125 | 5 | 1.5"
+    assert row == f"| {cells} |"
 
 
 INTERRUPTED = {  # flags, and the call of `minimise` that is interrupted
@@ -933,6 +949,42 @@ def test_without_evaluation_no_data_set_is_touched(command, teacher_file, tmp_pa
     seen, unseen = outcome(tmp_path / "seen"), outcome(tmp_path / "unseen")
     assert unseen[1]["accuracy_last"] is None and unseen[1]["teacher_accuracy"] is None
     assert all(torch.equal(seen[0][k], unseen[0][k]) for k in seen[0])
+
+
+@pytest.mark.parametrize("method", ["pre", "soft-target", "deepinversion"])
+def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
+    torch.save(models.build("wrn-10-1", 7, 2).state_dict(), tmp_path / "own.pt")
+    monkeypatch.setattr(data, "load", None)
+    flags = "--num-classes 7 --channels 2 --teacher-arch wrn-10-1 --student-arch resnet18 --batch 8 --steps 3 --precision bf16".split()
+    flags += ["--images", "16", "--image-steps", "2"] if method != "pre" else ["--width", "8", "--memory-width", "8"]
+    assert dfkd.main(["--method", method, "--teacher", str(tmp_path / "own.pt"), *flags, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["dataset"] == "own" and result["accuracy_last"] is None
+    student = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
+    assert student["classifier.bias"].shape == (7,) and student["stem.0.weight"].shape[1] == 2
+
+
+def test_the_readmes_own_loop_runs_as_it_stands(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 32
+    teacher, student = models.build("wrn-10-1", 10, 3), models.build("wrn-10-1", 10, 3)
+    before = [{k: v.clone() for k, v in net.state_dict().items()} for net in (teacher, student)]
+    exec(code, dict(teacher=teacher, student=student, range=lambda n: range(2)))
+    assert all(torch.equal(v, before[0][k]) for k, v in teacher.state_dict().items())
+    assert not torch.equal(student.classifier.weight, before[1]["classifier.weight"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+@pytest.mark.parametrize("method", ["rdskd", "pre", "soft-target", "deepinversion"])
+def test_on_a_gpu(tmp_path, method, capsys):
+    torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
+    flags = "--channels 3 --teacher-arch wrn-10-1 --student-arch wrn-10-1 --batch 16 --steps 6 --eval-every 3 --device cuda".split()
+    flags += {"rdskd": ["--generator-steps", "3"], "pre": []}.get(method, ["--images", "32", "--image-steps", "3"])
+    flags += ["--method", method, "--teacher", str(tmp_path / "own.pt")]
+    assert dfkd.main([*flags, "--out", str(tmp_path / "a")]) == 0 and "of the GPU's" in capsys.readouterr().out
+    assert dfkd.main([*flags, "--out", str(tmp_path / "b")]) == 0
+    a, b = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_imports_go_one_way():
