@@ -149,12 +149,7 @@ class RunError(Exception):
 
 def rdskd(args, teacher, student, run):
     """RDSKD [C]: train G alone on its objective; freeze it; train S on fresh images from it."""
-    G = generator(args)
-    optimiser_G = adam(G, args.generator_lr)
-    optimiser_S, decay_S = student_optimiser(student, args)
-    memory = replay_memory(args)
-    run.track(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
-    run.samples = lambda: samples(G, args)
+    G, optimiser_G, optimiser_S, decay_S, memory = generative(args, student, run)
     reference = run.state.setdefault("reference", torch.zeros(2, device=args.device))  # L_oh', L_ie' start at 0 [C]
 
     for step in run.steps("generator", args.generator_steps):
@@ -176,7 +171,7 @@ def rdskd(args, teacher, student, run):
         with torch.no_grad():
             x = G(latents(args))
         if memory:
-            x = torch.cat([x, memory.recall(replay.share(x), teacher)])
+            x = rehearsed(x, memory, teacher)
         L_kd = imitate(x, teacher(x), args, student, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
 
@@ -187,13 +182,7 @@ def joint(args, teacher, student, run):
     The first step of S in a round takes the batch that G was just trained on, which saves one [I]. S sees memory samples
     from the second round on, when the memory has learned something [I].
     """
-    G = generator(args, spectral_norm=args.method == "pre")
-    optimiser_G = adam(G, args.generator_lr)
-    optimiser_S, decay_S = student_optimiser(student, args)
-    memory = replay_memory(args)
-    run.track(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
-    run.samples = lambda: samples(G, args)
-
+    G, optimiser_G, optimiser_S, decay_S, memory = generative(args, student, run)
     for step in run.steps("student", args.steps, evaluate=True):
         place = step % args.student_steps  # within the round
         if place == 0:
@@ -208,7 +197,7 @@ def joint(args, teacher, student, run):
                 novel = G(latents(args))
         x = novel
         if memory and step >= args.student_steps:
-            x = torch.cat([novel, memory.recall(replay.share(novel), teacher)])
+            x = rehearsed(novel, memory, teacher)
         L_kd = imitate(x, teacher(x), args, student, optimiser_S, decay_S)
         if memory and place < 4:
             memory.learn(novel, teacher, rehearse=step >= args.student_steps)
@@ -370,9 +359,21 @@ METHODS = {
 }  # fmt: skip
 
 
-def generator(args, spectral_norm=False):
-    G = generators.Generator(args.latent, info(args).channels, width=args.width, spectral_norm=spectral_norm)
-    return in_precision(G.to(args.device, memory_format=torch.channels_last), args)
+def generative(args, student, run):
+    """What a loop with a generator trains, and `run` keeps: G, its optimiser, S's optimiser and its decay, the memory."""
+    G = generators.Generator(args.latent, info(args).channels, width=args.width, spectral_norm=args.method == "pre")
+    in_precision(G.to(args.device, memory_format=torch.channels_last), args)
+    optimiser_G = adam(G, args.generator_lr)
+    optimiser_S, decay_S = student_optimiser(student, args)
+    memory = replay_memory(args)
+    run.track(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
+    run.samples = lambda: samples(G, args)
+    return G, optimiser_G, optimiser_S, decay_S, memory
+
+
+def rehearsed(novel, memory, teacher):
+    """The novel images and B/8 from the memory."""
+    return torch.cat([novel, memory.recall(replay.share(novel), teacher)])
 
 
 def replay_memory(args):

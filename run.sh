@@ -49,7 +49,7 @@ set_up() {
 row() {
     local name=$1
     shift
-    [ -f "runs/$name/result.json" ] || "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume "$@" "${more[@]}"
+    [ -f "runs/$name/result.json" ] || "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume "$@" ${more[@]+"${more[@]}"}
     rows+=("runs/$name")
 }
 
