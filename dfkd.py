@@ -46,7 +46,7 @@ EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch
 # `default` is ours: minutes on two CPU cores. `paper` is the authors' own, for MNIST [C], but for what the papers leave
 # open [I]: PRE-DFKD's Adam lr of S and its cosine's step; all of MSKD. A further entry named after a data set holds what
 # differs there. temperature 0 stands for PRE-DFKD's mean |S(x) - T(x)|.
-TRANSFER = dict(batch=64, steps=12_000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=20.0)
+TRANSFER = dict(batch=64, steps=20_000, student_optimiser="adam", student_lr=1e-2, student_decay="cycle", temperature=20.0)
 TRANSFER_PAPER = {**TRANSFER, "steps": 60_000}
 SGD = dict(student_optimiser="sgd", student_lr=0.1)
 SCHEDULES = {
@@ -79,7 +79,7 @@ SCHEDULES = {
     },
     "soft-target": {
         "default": dict(
-            images=12_000, image_batch=500, image_steps=100, image_lr=0.1, layer="auto", sigma="auto", loss_weights=(0.05,),
+            images=8_000, image_batch=500, image_steps=100, image_lr=0.1, layer="auto", sigma="auto", loss_weights=(0.05,),
             **TRANSFER,
         ),
         "paper": dict(
@@ -103,13 +103,13 @@ SCHEDULES = {
         ),
     },
     "zskd": {
-        "default": dict(images=12_000, image_batch=500, image_steps=100, image_lr=0.1, **TRANSFER),
+        "default": dict(images=8_000, image_batch=500, image_steps=100, image_lr=0.1, **TRANSFER),
         "paper": dict(images=24_000, image_batch=500, image_steps=1500, image_lr=0.1, **TRANSFER_PAPER),
         "paper natural": dict(images=40_000),
     },
     "deepinversion": {
         "default": dict(
-            images=12_000, image_batch=256, image_steps=100, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
+            images=8_000, image_batch=256, image_steps=100, image_lr=0.1, loss_weights=(1e-3, 0.0, 10.0),
             **TRANSFER,
         ),
         "paper": dict(
@@ -117,8 +117,8 @@ SCHEDULES = {
             **TRANSFER_PAPER,
         ),
     },
-    "noise": {"default": {**TRANSFER, "temperature": 10.0}},
-    "kd": {"default": {**TRANSFER, "temperature": 10.0}},
+    "noise": {"default": {**TRANSFER, "steps": 12_000, "temperature": 10.0}},
+    "kd": {"default": {**TRANSFER, "steps": 12_000, "temperature": 10.0}},
 }  # fmt: skip
 SCHEDULES["mskd"] = SCHEDULES["dafl"]
 for same in ("noise", "kd"):
