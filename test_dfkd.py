@@ -1019,6 +1019,10 @@ def one_line(text):
     ("--shedule paper", "--shedule"), ("--student-l 1", "--student-l"), ("--threads 0", "--threads"), ("--width 0", "--width"),
     ("--student-steps 3", "--student-steps"), ("--bank-size 9", "--replay"), ("--method kd --replay vae", "--replay"),
     ("--seed 99999999999999999999", "--seed"), ("--method pre --loss-weights 1 x 3", "--loss-weights"),
+    ("--method dafl --loss-weights 1 2", "has 3"), ("--method soft-target --loss-weights 1 2", "has 1"),
+    ("--method zskd --sigma 2", "--sigma"), ("--method soft-target --sigma small", "--sigma"), ("--images 7", "--images"),
+    ("--method soft-target --layer fc3", "fc3"), ("--method zskd --replay vae", "--replay"), ("--num-classes 7", "--teacher FILE"),
+    ("--channels 0", "--channels"), ("--table", "--table"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, tmp_path):
     with pytest.raises(SystemExit) as exit:
@@ -1026,6 +1030,45 @@ def test_usage_errors(flags, named, capsys, tmp_path):
     assert exit.value.code == 2
     assert named in one_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_schedules_follow_the_kind_of_data():
+    def numbers(flags):
+        return vars(dfkd.parse(flags.split()))
+
+    assert numbers("--schedule paper --dataset mnist")["latent"] == 100
+    svhn = numbers("--schedule paper --dataset svhn")
+    assert (svhn["latent"], svhn["student_decay"], svhn["teacher_arch"], svhn["student_arch"]) == (1000, "none", "wrn-40-2", "wrn-16-1")
+    cifar = numbers("--schedule paper --dataset cifar10 --method dafl --student-lr 0.5")
+    assert (cifar["loss_weights"], cifar["student_optimiser"], cifar["student_lr"]) == ((0.05, 5, 0.01), "sgd", 0.5)
+    assert numbers("--dataset mnist")["steps"] == 12_000 and numbers("--dataset fashion-mnist")["steps"] == 5_000
+
+
+def test_the_student_optimisers_follow_their_schedules():
+    def rates(decay, steps):
+        args = dfkd.parse(f"--student-optimiser sgd --student-lr 1 --student-decay {decay} --steps {steps}".split())
+        optimiser, schedule = dfkd.student_optimiser(nn.Linear(1, 1), args)
+        assert isinstance(optimiser, torch.optim.SGD) and optimiser.param_groups[0]["weight_decay"] == 5e-4
+        values = []
+        for _ in range(steps):
+            values.append(schedule.get_last_lr()[0])
+            optimiser.step()
+            schedule.step()
+        return values
+
+    assert set(rates("none", 5)) == {1.0}
+    assert rates("cosine", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    cycle = rates("cycle", 100)
+    assert cycle[0] == pytest.approx(0.04) and max(cycle) == pytest.approx(cycle[14]) and cycle[-1] < 1e-4
+    drops = rates("drops", 801 * dfkd.EPOCH)
+    assert drops[800 * dfkd.EPOCH - 1] == 1 and drops[800 * dfkd.EPOCH] == pytest.approx(0.1)
+
+
+def test_a_layer_that_the_teacher_lacks(tmp_path, capsys):
+    torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
+    flags = ["--teacher", str(tmp_path / "own.pt"), "--teacher-arch", "wrn-10-1", "--channels", "3", "--out", str(tmp_path / "out")]
+    assert dfkd.main(["--method", "soft-target", "--layer", "fc2", *flags]) == 1
+    assert "only 'logits'" in one_line(capsys.readouterr().err)
 
 
 class Exploit:
