@@ -7,7 +7,6 @@ Only teacher training, the `kd` upper bound and evaluation are given images. Dis
 Every malformed file raises DataError with one line that names the file and says what to do.
 """
 
-import gzip
 import hashlib
 import http.client
 import os
@@ -214,11 +213,23 @@ def idx_data_set(name, folder):
     return arrays
 
 
+LIMIT = 2**29  # bytes; more than any file here holds, so that a small hostile one cannot fill the memory
+
+
+def inflate(content, wbits=15):
+    """Decompress a zlib stream, or a gzip one (wbits 31)."""
+    stream = zlib.decompressobj(wbits)
+    inflated = stream.decompress(content, LIMIT)
+    if not stream.eof:
+        raise zlib.error(f"it ends early, or holds more than {LIMIT} bytes")
+    return inflated
+
+
 def read(path):
     """The content of a file, decompressed if its name ends in .gz."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        return inflate(path.read_bytes(), 31) if path.suffix == ".gz" else path.read_bytes()
+    except zlib.error as error:
         raise DataError(f"{path}: damaged or truncated gzip file ({error}); delete it and run again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
@@ -288,9 +299,10 @@ def cifar(name, folder):
 def members(archive, names):
     """Name -> content of the files of these names in a tar archive."""
     try:
-        with tarfile.open(archive) as tar:
-            held = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile() and Path(m.name).name in names}
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        with tarfile.open(archive, "r:gz") as tar:
+            wanted = (m for m in tar if m.isfile() and Path(m.name).name in names)
+            held = {Path(m.name).name: tar.extractfile(m).read(LIMIT) for m in wanted}
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
         raise DataError(f"{archive}: damaged or truncated archive ({error}); delete it and run again") from None
     missing = sorted(names - held.keys())
     if missing:
@@ -332,7 +344,7 @@ def svhn(folder):
             shapes = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in held.items()) or "nothing"
             raise DataError(f"{path}: holds {shapes}, expected X uint8 (32, 32, 3, N) and y (N, 1); put the right file there")
         images, labels = np.ascontiguousarray(X.transpose(3, 2, 0, 1)), y.flatten()
-        if len(labels) and (labels.min() < 1 or labels.max() > 10):
+        if not np.isin(labels, np.arange(1, 11)).all():
             raise DataError(f"{path}: labels from {labels.min():g} to {labels.max():g}, expected 1 to 10; put the right file there")
         labels = labels.astype(np.int64) % 10
         check_labels(path, images, labels, 10)
@@ -350,18 +362,19 @@ def parse_mat(path, content):
     for kind, element, offset in mat_elements(path, content[128:], order, 128):
         if kind == 15:
             try:
-                element = zlib.decompress(element)
+                element = inflate(element)
             except zlib.error as error:
                 raise DataError(f"{path}: damaged compressed element at byte {offset} ({error}); delete it and run again") from None
             kind, element, offset = next(mat_elements(path, element, order, offset), (0, b"", offset))
         if kind == 14:
             parts = list(mat_elements(path, element, order, offset))[:4]  # flags, dimensions, name, values
             if len(parts) == 4 and parts[1][0] == 5 and parts[3][0] in MAT_TYPES:
-                shape = np.frombuffer(parts[1][1], order + "i4").tolist()
-                values = np.frombuffer(parts[3][1], order + MAT_TYPES[parts[3][0]])
-                if len(values) != np.prod(shape, dtype=object):
-                    raise DataError(f"{path}: {len(values)} values for {shape} at byte {offset}; delete it and run again")
-                arrays[parts[2][1].decode("latin-1")] = values.reshape(shape, order="F")
+                try:
+                    shape = np.frombuffer(parts[1][1], order + "u4").tolist()
+                    values = np.frombuffer(parts[3][1], order + MAT_TYPES[parts[3][0]]).reshape(shape, order="F")
+                except ValueError as error:
+                    raise DataError(f"{path}: matrix at byte {offset}: {error}; delete it and run again") from None
+                arrays[parts[2][1].decode("latin-1")] = values
     return arrays
 
 
@@ -401,14 +414,14 @@ def download(path, urls, checksum):
             path.parent.mkdir(parents=True, exist_ok=True)
             print(f"downloading {url}", flush=True)
             with urllib.request.urlopen(url, timeout=30) as response:
-                part.write_bytes(response.read())
-            content = part.read_bytes()
+                content = response.read(LIMIT)
+            part.write_bytes(content)
             md5 = len(checksum) == 32
-            if (hashlib.md5(content) if md5 else hashlib.sha256(gzip.decompress(content))).hexdigest() != checksum:
+            if (hashlib.md5(content) if md5 else hashlib.sha256(inflate(content, 31))).hexdigest() != checksum:
                 raise ValueError("wrong checksum")
             os.replace(part, path)
             return
-        except (urllib.error.URLError, http.client.HTTPException, EOFError, zlib.error, ValueError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, zlib.error, ValueError) as error:
             problems.append(f"{urllib.request.urlparse(url).netloc}: {getattr(error, 'reason', error)}")
         except OSError as error:
             problems.append(str(error))

@@ -43,10 +43,11 @@ import replay
 EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch
 
 # Every number of a method, as flags without their dashes; a flag on the command line overrides it.
-# `default` is ours: minutes on two CPU cores. `paper` is the authors' own, for MNIST [C]. A further entry holds what
-# differs for one data set, or for `natural` images, those with three channels; there, `default` is a guess for a GPU.
-# What the papers leave open is ours [I]: PRE-DFKD's Adam lr of S and its cosine's step; RDSKD's decay, whose second drop
-# is beyond its 1000 epochs; the lr and the student's steps of the transfer sets; all of MSKD.
+# `default` is ours: minutes on two CPU cores. `paper` is the authors' own for MNIST: RDSKD, DAFL, PRE-DFKD, ZSKD,
+# DeepInversion [C]; soft-target [P]. A further entry holds what differs for one data set, or for `natural` images, those with
+# three channels; there, `default` is a guess for a GPU. What the papers leave open is ours [I]: PRE-DFKD's Adam lr of S and its
+# cosine's step; RDSKD's second drop, beyond its 1000 epochs; of the transfer sets the batch, the lr, the early stop and S's
+# steps; all of MSKD; the controls.
 # temperature 0 stands for PRE-DFKD's mean |S(x) - T(x)|.
 FAST = dict(batch=64, student_optimiser="adam", student_lr=1e-2, student_decay="cycle")  # the best for LeNets in our trials
 ADAM = dict(student_optimiser="adam", student_lr=2e-3, student_decay="none")
@@ -64,8 +65,9 @@ SCHEDULES = {
             batch=512, latent=100, width=128, generator_steps=20 * EPOCH, generator_lr=1e-3, steps=1000 * EPOCH,
             temperature=10.0, eval_every=10 * EPOCH, **ADAM,
         ),
-        "paper svhn": dict(latent=1000),
-        "paper cifar10": dict(latent=1000, student_decay="drops"),
+        "paper natural": dict(latent=1000),
+        "paper cifar10": dict(student_decay="drops"),
+        "paper cifar100": dict(student_decay="drops"),
     },
     "pre": {
         "default": dict(
@@ -83,6 +85,7 @@ SCHEDULES = {
     "soft-target": {
         "default": dict(layer="auto", sigma="auto", loss_weights=(0.05,), **TRANSFER),
         "paper": dict(layer="auto", sigma=1.5, loss_weights=(0.05,), **TRANSFER_PAPER),
+        "default natural": dict(batch=256, student_lr=2e-3),
         "paper natural": dict(images=40_000, sigma=2.0, loss_weights=(0.1,)),
     },
     "dafl": {
@@ -100,15 +103,18 @@ SCHEDULES = {
             student_decay="drops", **SGD,
         ),
     },
-    "zskd": {"default": TRANSFER, "paper": TRANSFER_PAPER, "paper natural": dict(images=40_000)},
+    "zskd": {
+        "default": TRANSFER, "default natural": dict(batch=256, student_lr=2e-3), "paper": TRANSFER_PAPER,
+        "paper natural": dict(images=40_000),
+    },
     "deepinversion": {
         "default": dict(TRANSFER, image_batch=256, loss_weights=(1e-3, 0.0, 10.0)),
+        "default natural": dict(batch=256, student_lr=2e-3),
         "paper": dict(TRANSFER_PAPER, image_batch=256, image_steps=2000, images=40_000, loss_weights=(1e-3, 0.0, 10.0)),
     },
-    "noise": {"default": CONTROL, "paper": CONTROL},
-    "kd": {"default": CONTROL, "paper": CONTROL},
+    "noise": {"default": CONTROL, "default natural": dict(batch=256, student_lr=2e-3), "paper": CONTROL},
 }  # fmt: skip
-SCHEDULES["mskd"] = SCHEDULES["dafl"]
+SCHEDULES["mskd"], SCHEDULES["kd"] = SCHEDULES["dafl"], SCHEDULES["noise"]
 # Replay, for every method with a generator. PRE-DFKD's lr of G is 0.02: the VAE has 1/40 of it, the latents all of it [C].
 # The VAE's size is ours: below the paper's 2.1 MB.
 MEMORY = dict(
@@ -195,11 +201,9 @@ def generator_objective(args, z, x, teacher, student):
     t, f = teacher(x, return_features=True)
     a, b, c = args.loss_weights
     if args.method == "mskd":
-        class_terms = generators.dafl_loss(t, f, a, b, c=0)
-        return class_terms + c * generators.mode_seeking_loss(x, z)
-    if args.method == "pre":
-        return generators.dafl_loss(t, f, a, b, c) + generators.js_disagreement_loss(student(x), t)
-    return generators.dafl_loss(t, f, a, b, c)
+        return generators.dafl_loss(t, f, a, b, c=0) + c * generators.mode_seeking_loss(x, z)
+    L_G = generators.dafl_loss(t, f, a, b, c)
+    return L_G + generators.js_disagreement_loss(student(x), t) if args.method == "pre" else L_G
 
 
 def transfer_set(args, teacher, student, run):
@@ -223,6 +227,7 @@ def transfer_set(args, teacher, student, run):
         batch = dict(images=x.half(), targets=targets, intended=intended)
         write(folder / f"{first}.pt", serialise({k: v.cpu() for k, v in batch.items()}))
 
+    run.samples = None  # the picture is there
     batches = [load_file(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
     images, targets, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "targets", "intended"))
     logits = torch.cat([teacher(x.float()) for x in images.split(1000)])
@@ -345,10 +350,14 @@ METHODS = {
 }  # fmt: skip
 
 
+def generator(args):
+    G = generators.Generator(args.latent, info(args).channels, width=args.width, spectral_norm=args.method == "pre")
+    return in_precision(G.to(args.device, memory_format=torch.channels_last), args)
+
+
 def generative(args, student, run):
     """What a loop with a generator trains, and `run` keeps: G, its optimiser, S's optimiser and its decay, the memory."""
-    G = generators.Generator(args.latent, info(args).channels, width=args.width, spectral_norm=args.method == "pre")
-    in_precision(G.to(args.device, memory_format=torch.channels_last), args)
+    G = generator(args)
     optimiser_G = adam(G, args.generator_lr)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(args)
@@ -404,6 +413,8 @@ def adam(net, lr):
 def student_optimiser(student, args):
     """Adam or SGD for S, and its learning rate over the steps: constant, a half cosine down to 0, one cycle, or in drops.
 
+    In the cycle, torch's OneCycleLR moves the momentum (Adam: beta_1) as well, from 0.95 to 0.85 and back.
+
     The cycle's warm-up matters for networks without BatchNorm: at RDSKD's default rate of 0.01, two fifths of the units
     of LeNet-5-half's last convolution die without it, one fifth with it.
     """
@@ -421,8 +432,9 @@ def student_optimiser(student, args):
 
 
 def minimise(loss, optimiser):
+    """One step; gradients only of what the optimiser moves: L_G reaches the student's weights as well."""
     optimiser.zero_grad()
-    loss.backward()
+    loss.backward(inputs=[p for group in optimiser.param_groups for p in group["params"]])
     optimiser.step()
 
 
@@ -460,7 +472,7 @@ def load_teacher(args, real):
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             teacher = train_teacher(real, args, path.with_suffix(".training"))
-            write(path, serialise(teacher.state_dict()))
+            write(path, weights(teacher))
             path.with_suffix(".training").unlink(missing_ok=True)
             print(f"teacher    {args.teacher_arch}, saved for later runs: {path}")
     return teacher.eval().requires_grad_(False)
@@ -468,15 +480,15 @@ def load_teacher(args, real):
 
 def load_weights(path, args):
     """The teacher whose state dict is in file `path`; RunError says in one line why it does not fit."""
-    weights = load_file(path)
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    state = load_file(path)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise RunError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
-    bad = next((k for k, v in weights.items() if not v.isfinite().all()), None)
+    bad = next((k for k, v in state.items() if not v.isfinite().all()), None)
     if bad is not None:
         raise RunError(f"{path}: '{bad}' holds NaN or infinity; train the teacher again")
     net = build(args.teacher_arch, args)
     try:
-        net.load_state_dict(weights)
+        net.load_state_dict(state)
     except RuntimeError as error:  # a headline, then a line for each kind of difference
         reason = str(error).splitlines()[1].strip()
         raise RunError(f"{path}: not a {args.teacher_arch} with {info(args).classes} classes and {info(args).channels} "
@@ -509,7 +521,7 @@ def train_teacher(real, args, checkpoint):
         first = saved["epochs"]
         for part, state in zip(parts, saved["parts"]):
             part.load_state_dict(state)
-        set_random_state(saved["random"])
+        set_random_state(saved["random"], args.device)
     shown = begun
     for epoch in range(first, args.teacher_epochs):
         order = torch.randperm(count)[: per_epoch * TEACHER_BATCH]
@@ -526,7 +538,7 @@ def train_teacher(real, args, checkpoint):
                 eta = (now - begun) / (done - first) * (args.teacher_epochs - done)
                 show(f"teacher    {done:.4g}/{args.teacher_epochs} epochs  loss {loss.item():.4g}  eta {clock(eta)}", step == per_epoch)
         state = [part.state_dict() for part in parts]
-        write(checkpoint, serialise(dict(epochs=epoch + 1, parts=state, random=random_state())))
+        write(checkpoint, serialise(dict(epochs=epoch + 1, parts=state, random=random_state(args.device))))
     return net
 
 
@@ -568,6 +580,8 @@ class Run:
         changed = sorted(k for k in {**now, **before} if now.get(k) != before.get(k))
         if changed:
             k = changed[0]
+            if k == "teacher_crc":
+                raise RunError(f"{self.out}: began with another teacher; give the same to resume")
             raise RunError(f"{self.out}: began with {flag(k)} {before.get(k)}, now {now.get(k)}; give the same to resume")
 
     def track(self, **objects):
@@ -576,7 +590,7 @@ class Run:
         if self.saved:
             for name, thing in self.objects.items():
                 thing.load_state_dict(self.saved["objects"][name])
-            set_random_state(self.saved["random"])
+            set_random_state(self.saved["random"], self.args.device)
 
     def log(self, **terms):
         """Note the loss terms of a step; nothing waits for the device here."""
@@ -632,7 +646,7 @@ class Run:
         if self.samples:
             write(self.out / "samples.png", self.picture())
         checkpoint = dict(args=numbers_of(self.args), position=self.position, rows=self.rows, state=self.state)
-        checkpoint.update(seconds=self.seconds(), random=random_state())
+        checkpoint.update(seconds=self.seconds(), random=random_state(self.args.device))
         checkpoint["objects"] = {name: thing.state_dict() for name, thing in self.objects.items()}
         write(self.out / "checkpoint.pt", serialise(checkpoint))
         return row
@@ -658,28 +672,32 @@ class Run:
             replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None, seconds=round(self.seconds(), 1), args=numbers_of(args),
             torch_version=torch.__version__, git_commit=git_commit(),
         )  # fmt: skip
-        write(self.out / "student.pt", serialise(self.objects["S"].state_dict()))
+        write(self.out / "student.pt", weights(self.objects["S"]))
         write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
 
 
 # What decides where things are and not what the numbers become: a resumed run may differ in these.
-PLACES = ("out", "resume", "data_dir", "teacher_dir")
+PLACES = ("out", "resume", "data_dir", "teacher_dir", "teacher")
 
 
 def numbers_of(args):
     return {k: v for k, v in vars(args).items() if k not in PLACES}
 
 
-def random_state():
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return dict(cpu=torch.get_rng_state(), cuda=cuda)
+def random_state(device):
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if device == "cuda" else None)
 
 
-def set_random_state(state):
+def set_random_state(state, device):
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device == "cuda":
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def weights(net):
+    """A network's state dict as the bytes of a file that loads on every machine."""
+    return serialise({k: v.cpu() for k, v in net.state_dict().items()})
 
 
 def serialise(thing):
@@ -719,7 +737,9 @@ def table(rows):
 
 
 def png(images, columns=8):
-    """Images in [0, 1], (N, C, H, W) with C = 1 or 3, as the bytes of one PNG picture with a grid of them."""
+    """Images in [0, 1], (N, C, H, W), as the bytes of one PNG picture with a grid of them; grey unless C is 3."""
+    if images.shape[1] not in (1, 3):
+        images = images[:, :1]
     n, channels, height, width = images.shape
     grid = images[: n // columns * columns].unflatten(0, (-1, columns))  # (rows, columns, C, H, W)
     pixels = (grid.permute(0, 3, 1, 4, 2) * 255).round().byte().reshape(-1, columns * width * channels)
@@ -732,13 +752,19 @@ def png(images, columns=8):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes", "seconds")
+
+
 def finished(folder):
     """A run's result and its curve, [(step, accuracy), ...]."""
     try:
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         curve = [(int(row["step"]), float(row["accuracy"])) for row in rows]
-        return json.loads((folder / "result.json").read_text()), curve
-    except (OSError, KeyError, ValueError) as error:
+        if not curve:
+            raise ValueError("no evaluation")
+        result = json.loads((folder / "result.json").read_text())
+        return {key: float(result[key]) for key in FIGURES}, curve
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{folder}: no finished run with accuracies there ({type(error).__name__}: {error})") from None
 
 
@@ -951,6 +977,10 @@ def parse(argv):
         args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
         if len(args.loss_weights) != len(usual):
             parser.error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
+    if "images" in numbers and not args.temperature:
+        parser.error(f"--temperature 0: --method {args.method} divides by it")
+    if args.sigma not in (None, "auto") and not 1e-6 < args.sigma < 1e6:
+        parser.error(f"--sigma {args.sigma:g}: not between 1e-6 and 1e6")
     args.eval_every = args.eval_every or numbers.get("eval_every") or max(1, args.steps // 25)
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
@@ -1022,6 +1052,7 @@ def distil(args):
     torch.set_num_threads(args.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     out = Path(args.out)
     prepare(out, args.resume)
@@ -1050,7 +1081,8 @@ def controls(args, real):
         return [lambda: torch.randn(args.batch, info(args).channels, 32, 32, device=args.device)]
     if args.method == "kd":
         count = len(real.train_images)
-        return [lambda: data.normalise(real.train_images[torch.randint(count, (args.batch,))], args.dataset)]
+        change = data.cropped_and_mirrored if info(args).mirror else lambda x: x
+        return [lambda: data.normalise(change(real.train_images[torch.randint(count, (args.batch,))]), args.dataset)]
     return []
 
 

@@ -223,7 +223,7 @@ def feature_distribution(weight, sigma):
     """
     R = weight_correlation(weight)
     covariance = sigma**2 * (R + 1e-4 * torch.eye(len(R), device=R.device))
-    return MultivariateNormal(torch.zeros_like(R[0]), covariance)
+    return MultivariateNormal(torch.zeros_like(R[0]), scale_tril=torch.linalg.cholesky(covariance))
 
 
 def feature_scale(weight, rest, certainty, count=4000):
@@ -260,7 +260,7 @@ def dirichlet_concentrations(weight):
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)
-    return (cosine - low) / (high - low)
+    return (cosine - low) / (high - low).clamp_min(1e-12)  # rows that are all alike give 0, not 0/0
 
 
 def dirichlet_targets(weight, count):

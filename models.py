@@ -17,6 +17,7 @@ References
 
 import re
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -27,8 +28,9 @@ class Classifier(nn.Module):
     """A body, `penultimate(x)`, and a last linear layer, `classifier`."""
 
     def forward(self, x, return_features=False):
-        features = self.penultimate(x).float()  # (B, D), float32 for the losses also under autocast
-        logits = self.classifier(features).float()  # (B, K)
+        features = self.penultimate(x).float()  # (B, D)
+        with torch.autocast(x.device.type, enabled=False):  # logits are float32 whatever the body computes in
+            logits = self.classifier(features)  # (B, K)
         return (logits, features) if return_features else logits
 
     def split(self, layer):

@@ -6,6 +6,7 @@
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
 #   ./run.sh table DATA [FLAGS]   the README's rows for mnist or cifar10; stop it at will, the same command goes on
 #
+# torch 2.6 is the first whose torch.load(weights_only=True) is safe with hostile files (CVE-2025-32434).
 # Where the current python3 (or $PYTHON) already has torch, it is used as it is; else everything goes into .venv.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -13,7 +14,7 @@ cd "$(dirname "$0")"
 fail() { echo "run.sh: $1" >&2; exit 1; }
 
 # Whether interpreter $1 can import numpy, a recent torch and the further modules $2.
-has() { "$1" -c "import numpy, torch, $2; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)" 2>/dev/null; }
+has() { "$1" -c "import numpy, torch, $2; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null; }
 
 # Install into .venv. torch's default build for Linux carries 5 GB of CUDA libraries: without an NVIDIA GPU, the CPU
 # build is tried first, and with --no-index, lest an index that pip is configured with serve the default build after
@@ -22,9 +23,9 @@ fetch() {
     local pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
     if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && ! has .venv/bin/python sys; then
         "${pip[@]}" --no-deps --retries 1 --no-index --find-links https://download.pytorch.org/whl/cpu/torch/ \
-            "torch>=2.4" 2>/dev/null || true
+            "torch>=2.6" 2>/dev/null || true
     fi
-    "${pip[@]}" "torch>=2.4" numpy "$@"
+    "${pip[@]}" "torch>=2.6" numpy "$@"
 }
 
 # Set `python` to an interpreter that has what the job needs: module $1 beside torch and numpy.

@@ -669,7 +669,9 @@ SVHN_DAMAGE = {
     "label out of range": (svhn_file(labels=[1, 2, 3, 4, 5, 6, 11])[2], "labels from 1 to 11, expected 1 to 10"),
     "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
     "no X": (svhn_file()[2][:128], "holds nothing, expected X"),
-    "shape and values differ": (svhn_file(compressed=False)[2].replace(struct.pack("<i", 7), struct.pack("<i", 6), 1), "values for"),
+    "shape and values differ": (svhn_file(compressed=False)[2].replace(struct.pack("<i", 7), struct.pack("<i", 6), 1), "cannot reshape"),
+    "half a value": (svhn_file(labels=[1] * 7, compressed=False)[2].replace(struct.pack("<II", 9, 56), struct.pack("<II", 9, 55)), "buffer size"),
+    "labels that are no numbers": (svhn_file(labels=[1, 2, 3, np.nan, 5, 6, 7])[2], "labels from nan"),
 }
 
 
@@ -959,6 +961,8 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
     flags += ["--images", "16", "--image-steps", "2"] if method != "pre" else ["--width", "8", "--memory-width", "8"]
     assert dfkd.main(["--method", method, "--teacher", str(tmp_path / "own.pt"), *flags, "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
+    picture = (tmp_path / "run" / "samples.png").read_bytes()
+    assert picture[24:26] == bytes([8, 0])  # of two channels, the first in grey
     assert result["dataset"] == "own" and result["accuracy_last"] is None
     student = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
     assert student["classifier.bias"].shape == (7,) and student["stem.0.weight"].shape[1] == 2
@@ -1022,7 +1026,8 @@ def one_line(text):
     ("--method dafl --loss-weights 1 2", "has 3"), ("--method soft-target --loss-weights 1 2", "has 1"),
     ("--method zskd --sigma 2", "--sigma"), ("--method soft-target --sigma small", "--sigma"), ("--images 7", "--images"),
     ("--method soft-target --layer fc3", "fc3"), ("--method zskd --replay vae", "--replay"), ("--num-classes 7", "--teacher FILE"),
-    ("--channels 0", "--channels"), ("--table", "--table"),
+    ("--channels 0", "--channels"), ("--table", "--table"), ("--method zskd --temperature 0", "--temperature 0"),
+    ("--method soft-target --sigma 1e20", "--sigma"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, tmp_path):
     with pytest.raises(SystemExit) as exit:
@@ -1194,7 +1199,7 @@ class Stopwatch:
         self.ms[stage] = float(np.median(times[1:]))
 
 
-def plain_generator(args, spectral_norm=False):
+def plain_generator(args):
     """The generator as the authors' code has it: nearest upsampling, then convolution with bias; float32, NCHW."""
     w, side = args.width, 8
     up = functools.partial(nn.Upsample, scale_factor=2)
@@ -1213,6 +1218,12 @@ def test_our_generator_is_the_same_function_as_the_plain_one():
     for layer, mine in zip(layers, (child for child in ours.children()), strict=True):
         layer.load_state_dict(mine.state_dict(), strict=False)  # the biases before BatchNorm keep their random values
     assert torch.allclose(plain(z), ours(z), atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["plain", "default"])
+def test_the_benchmark_times_both_paths(path, monkeypatch):
+    monkeypatch.setitem(dfkd.SCHEDULES["rdskd"], "paper", {**dfkd.SCHEDULES["rdskd"]["paper"], "batch": 8, "width": 8})
+    assert all(milliseconds > 0 for milliseconds in step_times(path, 2))
 
 
 def step_times(path, steps):
