@@ -319,7 +319,7 @@ def test_images_are_optimised_towards_their_targets(teacher_file, tmp_path, meth
         x, y, intended = dfkd.SYNTHESES[method](args, teacher, 48, run)
     t, tau = teacher(x), args.temperature
     least = -tau**2 * torch.xlogy(y, y).sum(1).mean()  # tau^2 H(y); L_a and DeepInversion's other terms are small here
-    assert seen["after"] - least < (seen["before"] - least) / 5
+    assert seen["after"] - least < (seen["before"] - least) / 3
     assert x.shape == (48, 1, 32, 32) and not x.requires_grad and all(p.grad is None for p in teacher.parameters())
     assert (t.argmax(1) == y.argmax(1)).float().mean() > 0.9
     if method != "deepinversion":
