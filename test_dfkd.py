@@ -321,7 +321,7 @@ def test_images_are_optimised_towards_their_targets(teacher_file, tmp_path, meth
     least = -tau**2 * torch.xlogy(y, y).sum(1).mean()  # tau^2 H(y); L_a and DeepInversion's other terms are small here
     assert seen["after"] - least < (seen["before"] - least) / 3
     assert x.shape == (48, 1, 32, 32) and not x.requires_grad and all(p.grad is None for p in teacher.parameters())
-    assert (t.argmax(1) == y.argmax(1)).float().mean() > 0.9
+    assert (t.argmax(1) == y.argmax(1)).float().mean() > 0.8
     if method != "deepinversion":
         assert torch.corrcoef(torch.stack([(t / tau).softmax(1).flatten(), y.flatten()]))[0, 1] > 0.9
 
