@@ -228,7 +228,11 @@ def transfer_set(args, teacher, student, run):
         write(folder / f"{first}.pt", serialise({k: v.cpu() for k, v in batch.items()}))
 
     run.samples = None  # the picture is there
-    batches = [load_file(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
+    files = [folder / f"{first}.pt" for first in range(0, args.images, args.image_batch)]
+    gone = [path for path in files if not path.exists()]
+    if gone:
+        raise RunError(f"{gone[0]}: this part of the transfer set is gone; run without --resume")
+    batches = [load_file(path) for path in files]
     images, targets, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "targets", "intended"))
     logits = torch.cat([teacher(x.float()) for x in images.split(1000)])
     run.facts.update(images=len(images), bytes=images.nbytes)
@@ -493,7 +497,7 @@ def load_weights(path, args):
     except RuntimeError as error:  # a headline, then a line for each kind of difference
         reason = str(error).splitlines()[1].strip()
         raise RunError(f"{path}: not a {args.teacher_arch} with {info(args).classes} classes and {info(args).channels} "
-                       f"channels, see --teacher-arch: {reason[:160]}") from None  # fmt: skip
+                       f"channels; see --teacher-arch, --num-classes, --channels: {reason[:160]}") from None  # fmt: skip
     return net
 
 
@@ -714,7 +718,7 @@ def load_file(path):
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:  # torch.load raises whatever the damaged bytes lead to
-        raise RunError(f"{path}: not a PyTorch file of plain tensors, or a damaged one") from None
+        raise RunError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), or a damaged one") from None
 
 
 def write(path, content):
@@ -760,13 +764,13 @@ def finished(folder):
     """A run's result and its curve, [(step, accuracy), ...]."""
     try:
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
-        curve = [(int(row["step"]), float(row["accuracy"])) for row in rows]
-        if not curve:
-            raise ValueError("no evaluation")
+        curve = [(int(row["step"]), float(row["accuracy"])) for row in rows if row["accuracy"]]
         result = json.loads((folder / "result.json").read_text())
+        if not curve:
+            raise RunError(f"{folder}: the run was not evaluated, it has no accuracies")
         return {key: float(result[key]) for key in FIGURES}, curve
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder}: no finished run with accuracies there ({type(error).__name__}: {error})") from None
+    except (OSError, KeyError, TypeError, ValueError):
+        raise RunError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
 
 
 def results_table(folders):
@@ -891,11 +895,12 @@ def parse(argv):
     )  # fmt: skip
     add = parser.add_argument_group("what to distil").add_argument
     add("--method", choices=METHODS, default="rdskd", help="the method (default: rdskd)")
-    add("--dataset", choices=data.INFO, default="glyphs", help="what the teacher was trained on (default: glyphs, drawn here)")
+    add("--dataset", choices=data.INFO, help="what the teacher was trained on (default: glyphs, drawn here)")
     add("--data-dir", default="datasets", metavar="DIR", help="folder with a folder per data set; downloads go there (default: datasets)")
     add("--teacher", metavar="FILE", help="the teacher's state dict; without it, one is trained and kept in --teacher-dir")
     add("--teacher-arch", metavar="NAME", help=f"the teacher's network: {', '.join(models.NAMES)}, or any wrn-D-K (default: {', '.join(f'{k} {v}' for k, v in TEACHERS.items())})")
-    add("--num-classes", type=integer(2), metavar="K", help="a teacher of your own: its classes; no data set is touched")
+    add("--num-classes", type=integer(2), metavar="K", help="a teacher of your own: its classes; no data set is touched. "
+        "Its pixels are taken to be normalised with mean 0.5 and deviation 0.25 (default: 10)")  # fmt: skip
     add("--channels", type=integer(1), metavar="C", help="and the channels of its images (default: 3)")
     add("--student-arch", metavar="NAME", help="the student's network, of the same names (default: the papers' for this teacher)")
     add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
@@ -950,7 +955,7 @@ def parse(argv):
     add("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's choice); results depend on it in the last bits")
 
     add = parser.add_argument_group("finished runs: distil nothing").add_argument
-    add("--plot", nargs="+", metavar="RUN", help="draw these runs' accuracies over their steps into --out (default: curves.svg)")
+    add("--plot", nargs="+", metavar="RUN", help="draw the accuracies of the runs in these folders over their steps into --out (default: curves.svg)")
     add("--table", nargs="+", metavar="RUN", help="print a row for each group of runs that differ in the seed, the end of their names")
 
     args = parser.parse_args(argv)
@@ -959,8 +964,11 @@ def parse(argv):
     if args.num_classes or args.channels:
         if not args.teacher or not args.teacher_arch:
             parser.error("--num-classes and --channels describe a teacher of your own: give --teacher FILE and --teacher-arch NAME")
+        if args.dataset or args.method == "kd":
+            parser.error("--num-classes and --channels are for a teacher without a data set: no --dataset, no --method kd")
         args.dataset, args.no_eval = "own", True
         args.num_classes, args.channels = args.num_classes or 10, args.channels or 3
+    args.dataset = args.dataset or "glyphs"
     schedules = SCHEDULES[args.method]
     numbers = dict(schedules[args.schedule])
     for special in ["natural"] * (info(args).channels == 3) + [args.dataset]:
@@ -985,14 +993,16 @@ def parse(argv):
     args.eval_every = args.eval_every or numbers.get("eval_every") or max(1, args.steps // 25)
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
-    args.student_arch = args.student_arch or STUDENTS.get(args.teacher_arch, args.teacher_arch)
+    args.student_arch = args.student_arch or STUDENTS.get(args.teacher_arch)
+    if not args.student_arch:
+        parser.error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
     args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS.get(args.dataset)
     if args.no_eval and not args.teacher:
         parser.error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
     if args.no_eval and args.method == "kd":
         parser.error("--method kd distils on real images, --no-eval touches none")
     if args.teacher and not Path(args.teacher).is_file():
-        parser.error(f"--teacher {args.teacher}: no such file")
+        parser.error(f"--teacher {args.teacher}: no file there")
     for arch in (args.teacher_arch, args.student_arch):
         try:
             with torch.device("meta"):
@@ -1030,11 +1040,15 @@ def schedules_text():
     return "\n".join(lines)
 
 
-def prepare(out, resume):
-    """Make the run's folder and try to write there; what an earlier run left is moved into a folder `previous-N`."""
+def probe(out):
+    """Make the run's folder and try to write there, before any work is done."""
     out.mkdir(parents=True, exist_ok=True)
     write(out / "writable", b"?")
     (out / "writable").unlink()
+
+
+def set_aside(out, resume):
+    """Move what an earlier run left in the folder into a folder `previous-N` in it."""
     old = [out / name for name in FILES if (out / name).exists()]
     if old and not (resume and (out / "checkpoint.pt").exists()):
         n = next(n for n in range(1, 10_000) if not (out / f"previous-{n}").exists())
@@ -1056,7 +1070,7 @@ def distil(args):
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     out = Path(args.out)
-    prepare(out, args.resume)
+    probe(out)
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}", flush=True)  # fmt: skip
     real = None if args.no_eval else data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
@@ -1071,6 +1085,7 @@ def distil(args):
         return None if real is None else accuracy(net, real.test_images, real.test_labels, args)
 
     teacher_accuracy = evaluate(teacher)
+    set_aside(out, args.resume)
     run = Run(args, lambda: evaluate(student))
     METHODS[args.method](args, teacher, student, run, *controls(args, real))
     summary(run.finish(teacher_accuracy), out)
@@ -1098,7 +1113,8 @@ def summary(result, out):
     made = result["transfer_set"]
     if made:
         print(f"images   {made['images']}: the teacher puts {100 * made['agreement']:.1f} % of them into their target's top class")
-        print(f"         top class of the target not the intended one: {100 * made['strayed']:.1f} %")
+        if made["strayed"]:
+            print(f"         {100 * made['strayed']:.1f} % of the targets favour another class than the one they were drawn for")
     print(f"time     {clock(result['seconds'])} for the distillation; memory {peak_memory(result['args']['device'])} at the peak")
     print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
 
@@ -1117,7 +1133,9 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.plot:
-            write(Path(args.out or "curves.svg"), curves(args.plot))
+            picture = Path(args.out or "curves.svg")
+            write(picture, curves(args.plot))
+            print(f"drawn: {picture}")
         elif args.table:
             print(results_table(args.table))
         else:
@@ -1133,7 +1151,9 @@ def main(argv=None):
             raise
         problem, code = "out of memory: give a smaller --batch, --width or --bank-size", 1
     except KeyboardInterrupt:
-        problem, code = f"stopped; the same command with --resume goes on from {args.out}", 130
+        problem, code = "stopped; nothing was saved yet", 130
+        if args.out and (Path(args.out) / "checkpoint.pt").exists():
+            problem = f"stopped; the same command with --resume goes on from {args.out}"
     print(f"dfkd.py: {problem}", file=sys.stderr)
     return code
 

@@ -805,7 +805,9 @@ def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
     assert lines[0][-1] == "630.0,20.0" and lines[1][0].startswith("340.0,")  # 100 % at step 40 is the upper right corner
     assert {"<a>-0", "<a>-1"} <= {e.text for e in picture.iter()}
     Path(two_runs[1], "metrics.csv").write_text("step,accuracy\n1,\n")  # a run with --no-eval
-    assert dfkd.main(flags) == 1 and "no finished run" in one_line(capsys.readouterr().err)
+    capsys.readouterr()
+    assert dfkd.main(flags) == 1 and "not evaluated" in one_line(capsys.readouterr().err)
+    assert dfkd.main(["--table", str(tmp_path)]) == 1 and "no finished run" in one_line(capsys.readouterr().err)
 
 
 def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
@@ -846,7 +848,8 @@ def test_resume_equals_uninterrupted(command, tmp_path, monkeypatch, flags, call
         patch.setattr(dfkd, "minimise", interrupted)
         assert dfkd.main(command("parts")) == 130
     assert not (tmp_path / "parts" / "result.json").exists()
-    assert "--resume" in one_line(capsys.readouterr().err)
+    stopped = one_line(capsys.readouterr().err)
+    assert ("--resume" in stopped) == (tmp_path / "parts" / "checkpoint.pt").exists()
     assert dfkd.main(command("parts", "--resume")) == 0
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert dfkd.main(command("parts", "--resume")) == 0  # a finished run has nothing left to do
@@ -915,7 +918,7 @@ def test_every_method_and_replay_trains_its_student(teacher_dir, tmp_path, metho
 
 def test_a_stopped_teacher_goes_on(tmp_path, monkeypatch):
     def train(folder):
-        flags = ["--teacher-epochs", "3", "--teacher-arch", "wrn-10-1", "--teacher-dir", str(tmp_path / folder), "--threads", "2"]
+        flags = ["--teacher-epochs", "3", "--teacher-arch", "wrn-10-1", "--student-arch", "wrn-10-1", "--teacher-dir", str(tmp_path / folder), "--threads", "2"]
         return dfkd.load_teacher(dfkd.parse(flags), small).state_dict()
 
     x, y = data.glyphs(300, 0)
@@ -1027,7 +1030,8 @@ def one_line(text):
     ("--method zskd --sigma 2", "--sigma"), ("--method soft-target --sigma small", "--sigma"), ("--images 7", "--images"),
     ("--method soft-target --layer fc3", "fc3"), ("--method zskd --replay vae", "--replay"), ("--num-classes 7", "--teacher FILE"),
     ("--channels 0", "--channels"), ("--table", "--table"), ("--method zskd --temperature 0", "--temperature 0"),
-    ("--method soft-target --sigma 1e20", "--sigma"),
+    ("--method soft-target --sigma 1e20", "--sigma"), ("--teacher-arch wrn-10-1", "--student-arch"), ("--teacher .", "no file"),
+    ("--teacher dfkd.py --teacher-arch wrn-16-2 --channels 3 --dataset svhn", "--dataset"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, tmp_path):
     with pytest.raises(SystemExit) as exit:
@@ -1071,7 +1075,8 @@ def test_the_student_optimisers_follow_their_schedules():
 
 def test_a_layer_that_the_teacher_lacks(tmp_path, capsys):
     torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
-    flags = ["--teacher", str(tmp_path / "own.pt"), "--teacher-arch", "wrn-10-1", "--channels", "3", "--out", str(tmp_path / "out")]
+    flags = ["--teacher", str(tmp_path / "own.pt"), "--teacher-arch", "wrn-10-1", "--student-arch", "wrn-10-1", "--channels", "3"]
+    flags += ["--out", str(tmp_path / "out")]
     assert dfkd.main(["--method", "soft-target", "--layer", "fc2", *flags]) == 1
     assert "only 'logits'" in one_line(capsys.readouterr().err)
 
@@ -1160,6 +1165,21 @@ def test_a_full_disk_keeps_what_was_written(command, teacher_file, tmp_path, cap
     assert not list(out.glob("*.part"))
     assert dfkd.main(command("out", "--resume", *flags)) == 0
     assert_same(tmp_path / "whole", out)
+
+
+def test_a_run_that_cannot_begin_leaves_the_earlier_one_alone(command, tmp_path):
+    assert dfkd.main(command("run")) == 0
+    torch.save({}, tmp_path / "other.pt")
+    assert dfkd.main(command("run", "--teacher", str(tmp_path / "other.pt"))) == 1
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_transfer_set_that_is_gone(command, tmp_path, capsys):
+    flags = "--method zskd --images 8 --image-steps 2"
+    assert dfkd.main(command("run", flags=flags)) == 0
+    (tmp_path / "run" / "transfer" / "0.pt").unlink()
+    assert dfkd.main(command("run", "--resume", flags=flags)) == 1
+    assert "without --resume" in one_line(capsys.readouterr().err)
 
 
 def test_resume_refuses_other_arguments(command, capsys):
