@@ -82,8 +82,13 @@ def to_32x32(images):
 
 def normalise(images, name):
     """uint8 images (B, C, H, W) -> float32 with the mean and standard deviation of data set `name` taken out."""
-    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (INFO[name].mean, INFO[name].std))
+    mean, std = mean_and_std(INFO[name], images.device)
     return (images / 255 - mean) / std
+
+
+def mean_and_std(info, device):
+    """Mean and standard deviation per channel of an Info: (C, 1, 1) each."""
+    return (torch.tensor(v, device=device).view(-1, 1, 1) for v in (info.mean, info.std))
 
 
 def cropped_and_mirrored(images):

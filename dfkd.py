@@ -304,9 +304,10 @@ SYNTHESES = {"soft-target": soft_target_images, "zskd": zskd_images, "deepinvers
 def optimise(objective, args, count, run):
     """x* = argmin objective(x) by Adam from noise, within the range of pixels [I].
 
-    The noise is weak because what is left of it in an image teaches S nothing. Adam ends early when 50 steps bring less than 1 % of the decrease so far.
+    The noise is weak because what is left of it in an image teaches S nothing. Adam ends early when 50 steps bring less
+    than 1 % of the decrease so far.
     """
-    mean, std = (torch.tensor(v, device=args.device).view(-1, 1, 1) for v in info(args)[2:4])
+    mean, std = data.mean_and_std(info(args), args.device)
     x = 0.3 * torch.randn(count, info(args).channels, 32, 32, device=args.device)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     optimiser = torch.optim.Adam([x], args.image_lr)
@@ -661,7 +662,7 @@ class Run:
 
     def picture(self):
         x = self.samples()
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in info(self.args)[2:4])
+        mean, std = data.mean_and_std(info(self.args), "cpu")
         return png((x.float().cpu() * std + mean).clamp(0, 1))
 
     def finish(self, teacher_accuracy):
@@ -674,8 +675,8 @@ class Run:
             accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
-            replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None, seconds=round(self.seconds(), 1), args=numbers_of(args),
-            torch_version=torch.__version__, git_commit=git_commit(),
+            replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None, seconds=round(self.seconds(), 1),
+            args=numbers_of(args), torch_version=torch.__version__, git_commit=git_commit(),
         )  # fmt: skip
         write(self.out / "student.pt", weights(self.objects["S"]))
         write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
@@ -780,9 +781,9 @@ def results_table(folders):
         groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(finished(folder))
     lines = ["| run | teacher | student | seeds | maximum | μ | σ² | μ, second half | σ², second half | replay kB | minutes |", "|---" * 11 + "|"]
     for name, runs in groups.items():
-        results, curves_ = zip(*runs)
+        results = [result for result, _ in runs]
         last = [r["accuracy_last"] for r in results]
-        halves = [[a for _, a in curve[len(curve) // 2 :]] for curve in curves_]
+        halves = [[a for _, a in curve[len(curve) // 2 :]] for _, curve in runs]
 
         def mean(key, scale=1.0):
             return statistics.fmean(r[key] for r in results) / scale
