@@ -981,8 +981,10 @@ def parse(argv):
             setattr(args, key, numbers.get(key))
         elif key not in numbers:
             parser.error(f"{flag(key)} means nothing to --method {args.method}")
-        elif key in MEMORY and key != "replay" and (args.replay or numbers["replay"]) == "none":
-            parser.error(f"{flag(key)} means nothing without --replay")
+        elif key in MEMORY and key != "replay":
+            kind = "bank" if key == "bank_size" else "vae"
+            if (args.replay or numbers["replay"]) != kind:
+                parser.error(f"{flag(key)} means nothing without --replay {kind}")
     if args.loss_weights:
         args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
         if len(args.loss_weights) != len(usual):

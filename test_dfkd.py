@@ -319,9 +319,11 @@ def test_images_are_optimised_towards_their_targets(teacher_file, tmp_path, meth
         x, y, intended = dfkd.SYNTHESES[method](args, teacher, 48, run)
     t, tau = teacher(x), args.temperature
     least = -tau**2 * torch.xlogy(y, y).sum(1).mean()  # tau^2 H(y); L_a and DeepInversion's other terms are small here
-    assert seen["after"] - least < (seen["before"] - least) / 3
+    # Half of ZSKD's targets are nearly one-hot at tau = 20: logits beyond what the range of pixels can cause.
+    factor, agreement = (3, 0.8) if method == "zskd" else (5, 0.9)
+    assert seen["after"] - least < (seen["before"] - least) / factor
     assert x.shape == (48, 1, 32, 32) and not x.requires_grad and all(p.grad is None for p in teacher.parameters())
-    assert (t.argmax(1) == y.argmax(1)).float().mean() > 0.8
+    assert (t.argmax(1) == y.argmax(1)).float().mean() > agreement
     if method != "deepinversion":
         assert torch.corrcoef(torch.stack([(t / tau).softmax(1).flatten(), y.flatten()]))[0, 1] > 0.9
 
@@ -1024,7 +1026,8 @@ def one_line(text):
     ("--student-lr nan", "--student-lr"), ("--temperature -1", "--temperature"), ("--seed -1", "--seed"),
     ("--device tpu", "tpu"), ("--no-eval", "--teacher FILE"), ("--teacher nowhere.pt", "nowhere.pt"),
     ("--shedule paper", "--shedule"), ("--student-l 1", "--student-l"), ("--threads 0", "--threads"), ("--width 0", "--width"),
-    ("--student-steps 3", "--student-steps"), ("--bank-size 9", "--replay"), ("--method kd --replay vae", "--replay"),
+    ("--student-steps 3", "--student-steps"), ("--bank-size 9", "--replay bank"),
+    ("--method pre --replay bank --memory-width 5", "--replay vae"), ("--method kd --replay vae", "--replay"),
     ("--seed 99999999999999999999", "--seed"), ("--method pre --loss-weights 1 x 3", "--loss-weights"),
     ("--method dafl --loss-weights 1 2", "has 3"), ("--method soft-target --loss-weights 1 2", "has 1"),
     ("--method zskd --sigma 2", "--sigma"), ("--method soft-target --sigma small", "--sigma"), ("--images 7", "--images"),
