@@ -53,7 +53,7 @@ FAST = dict(batch=64, student_optimiser="adam", student_lr=1e-2, student_decay="
 ADAM = dict(student_optimiser="adam", student_lr=2e-3, student_decay="none")
 SGD = dict(student_optimiser="sgd", student_lr=0.1)
 NATURAL = dict(batch=256, latent=256, width=128, steps=30_000, student_decay="cosine")
-TRANSFER = dict(images=8_000, image_batch=500, image_steps=100, image_lr=0.1, steps=12_000, temperature=20.0, **FAST)
+TRANSFER = dict(images=12_000, image_batch=500, image_steps=100, image_lr=0.1, steps=20_000, temperature=20.0, **FAST)
 TRANSFER_PAPER = {**TRANSFER, "images": 24_000, "image_steps": 1500, "steps": 60_000}
 CONTROL = dict(steps=12_000, temperature=10.0, **FAST)
 SCHEDULES = {
@@ -304,12 +304,12 @@ SYNTHESES = {"soft-target": soft_target_images, "zskd": zskd_images, "deepinvers
 def optimise(objective, args, count, run):
     """x* = argmin objective(x) by Adam from noise, within the range of pixels [I].
 
-    The noise is weak because what is left of it in an image teaches S nothing. Adam ends early when 50 steps bring less
-    than 1 % of the decrease so far.
+    The noise is smooth and weak, drawn on an 8 x 8 grid: what is left of it in an image teaches S more when it looks less
+    like noise. Adam ends early when 50 steps bring less than 1 % of the decrease so far.
     """
     mean, std = data.mean_and_std(info(args), args.device)
-    x = 0.3 * torch.randn(count, info(args).channels, 32, 32, device=args.device)
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    noise = 0.5 * torch.randn(count, info(args).channels, 8, 8, device=args.device)
+    x = F.interpolate(noise, size=(32, 32), mode="bilinear").to(memory_format=torch.channels_last).requires_grad_()
     optimiser = torch.optim.Adam([x], args.image_lr)
     losses, means = [], []
     for step in range(1, args.image_steps + 1):
@@ -416,6 +416,10 @@ def adam(net, lr):
     return torch.optim.Adam(net.parameters(), lr, fused=True)
 
 
+def sgd(net, lr, nesterov=False):
+    return torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=nesterov)
+
+
 def student_optimiser(student, args):
     """Adam or SGD for S, and its learning rate over the steps: constant, a half cosine down to 0, one cycle, or in drops.
 
@@ -425,7 +429,7 @@ def student_optimiser(student, args):
     of LeNet-5-half's last convolution die without it, one fifth with it.
     """
     if args.student_optimiser == "sgd":
-        optimiser = torch.optim.SGD(student.parameters(), args.student_lr, momentum=0.9, weight_decay=5e-4)
+        optimiser = sgd(student, args.student_lr)
     else:
         optimiser = adam(student, args.student_lr)
     if args.student_decay == "cycle":
@@ -517,7 +521,7 @@ def train_teacher(real, args, checkpoint):
     if args.teacher_arch.startswith("lenet5"):
         optimiser = adam(net, lr)
     else:
-        optimiser = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        optimiser = sgd(net, lr, nesterov=True)
     count, begun = len(real.train_labels), time.perf_counter()
     per_epoch = max(1, count // TEACHER_BATCH)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, args.teacher_epochs * per_epoch)

@@ -63,10 +63,10 @@ table() {
             for memory in none bank vae; do row "mnist-pre-$memory-$seed" --method pre --replay $memory --seed $seed; done
             row "mnist-pre-no-teacher-term-$seed" --method pre --no-teacher-term --seed $seed
             row "mnist-pre-no-balanced-$seed" --method pre --no-balanced --seed $seed
-            for memory in none vae; do
-                row "mnist-dafl-$memory-$seed" --method dafl --replay $memory --seed $seed
-                row "mnist-wrn-pre-$memory-$seed" --method pre --replay $memory --seed $seed --student-arch wrn-10-1 \
-                    --student-optimiser sgd --student-lr 0.1 --student-decay none --steps 2000
+            for memory in none vae; do row "mnist-dafl-$memory-$seed" --method dafl --replay $memory --seed $seed; done
+            for memory in none bank vae; do  # where the student forgets: see the README
+                row "mnist-drift-$memory-$seed" --method pre --replay $memory --seed $seed --loss-weights 0 0 0 \
+                    --student-steps 50 --student-decay none --steps 3000
             done
         else
             for pair in "resnet34 resnet18" "wrn-40-2 wrn-16-1"; do
