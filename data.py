@@ -412,7 +412,7 @@ def download(path, urls, checksum):
     The checksum is an MD5 of the file, as its publisher gives it, or a SHA-256 of what the gzip file holds, because
     MNIST's mirrors compress the same content differently.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
     problems = []
     for url in urls:
         try:

@@ -728,7 +728,7 @@ def load_file(path):
 
 def write(path, content):
     """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
     try:
         part.write_bytes(content)
         os.replace(part, path)

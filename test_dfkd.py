@@ -858,6 +858,21 @@ def test_resume_equals_uninterrupted(command, tmp_path, monkeypatch, flags, call
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(part, path):  # by another process, which writes it from beginning to end
+        with monkeypatch.context() as other:
+            other.setattr(os, "replace", replace)
+            other.setattr(os, "getpid", lambda: 0)
+            dfkd.write(path, b"theirs")
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    dfkd.write(tmp_path / "file", b"ours")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"ours"]
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on(command, tmp_path, kind):
     flags = ("--steps", "40")
