@@ -109,7 +109,7 @@ SCHEDULES = {
     },
     "deepinversion": {
         "default": dict(TRANSFER, image_batch=256, loss_weights=(1e-3, 0.0, 10.0)),
-        "default natural": dict(batch=256, student_lr=2e-3),
+        "default natural": dict(batch=256, student_lr=2e-3, image_steps=500),
         "paper": dict(TRANSFER_PAPER, image_batch=256, image_steps=2000, images=40_000, loss_weights=(1e-3, 0.0, 10.0)),
     },
     "noise": {"default": CONTROL, "default natural": dict(batch=256, student_lr=2e-3), "paper": CONTROL},
