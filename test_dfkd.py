@@ -441,6 +441,7 @@ def test_pseudo_replay_learns_its_images():
     assert losses[-1] < 0.8 * losses[0]
     x = memory.recall(16, T)
     assert x.shape == (16, 1, 32, 32) and not x.requires_grad
+    assert x.mean().item() == pytest.approx(0, abs=1e-3) and x.std().item() == pytest.approx(1, rel=1e-2)  # like novel images
 
 
 def test_the_bank_is_bounded_and_draws_uniformly():
