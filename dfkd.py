@@ -983,12 +983,13 @@ def parse(argv):
     for key in {k for s in SCHEDULES.values() for k in s["default"]} | set(MEMORY):
         if getattr(args, key) is None:
             setattr(args, key, numbers.get(key))
-        elif key not in numbers:
-            parser.error(f"{flag(key)} means nothing to --method {args.method}")
-        elif key in MEMORY and key != "replay":
-            kind = "bank" if key == "bank_size" else "vae"
-            if (args.replay or numbers["replay"]) != kind:
-                parser.error(f"{flag(key)} means nothing without --replay {kind}")
+            continue
+        given = flag(f"no_{key}" if getattr(args, key) is False else key)
+        kind = "bank" if key == "bank_size" else "vae"
+        if key not in numbers:
+            parser.error(f"{given} means nothing to --method {args.method}")
+        if key in MEMORY and key != "replay" and (args.replay or numbers["replay"]) != kind:
+            parser.error(f"{given} means nothing without --replay {kind}")
     if args.loss_weights:
         args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
         if len(args.loss_weights) != len(usual):
@@ -1051,7 +1052,7 @@ def probe(out):
     """Make the run's folder and try to write there, before any work is done."""
     out.mkdir(parents=True, exist_ok=True)
     write(out / "writable", b"?")
-    (out / "writable").unlink()
+    (out / "writable").unlink(missing_ok=True)  # by another run that begins in the same folder
 
 
 def set_aside(out, resume):

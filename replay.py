@@ -112,8 +112,9 @@ class PseudoReplay(nn.Module):
     """A memory that stores no sample: a VAE is trained on novel images and on its own, and drawn from (PRE-DFKD).
 
     `teacher_term` and `balanced` switch the paper's two ingredients off. The VAE's own rehearsal is balanced as well [I].
-    M always normalises by its batch, as it was trained: with running statistics, images drawn on MNIST had a deviation of
-    0.1 to 0.5 instead of 1, because under so small a weight of the KL term latents spread wider than N(0, I) [I].
+    M draws in train mode, its BatchNorm with the statistics of the batch, as it was trained: in eval mode, images drawn on
+    MNIST had a deviation of 0.1 to 0.5 instead of 1, because under so small a weight of the KL term the latents of
+    images spread wider than N(0, I) [I].
     """
 
     def __init__(self, vae, lr, latent_lr, teacher_term=True, balanced=True):
@@ -127,7 +128,7 @@ class PseudoReplay(nn.Module):
 
     def recall(self, count, teacher):
         """x_mem = M(z), z ~ N(0, I) after category-balanced inference: (count, C, H, W), no gradient."""
-        decoder = self.vae.decoder
+        decoder = self.vae.decoder.train()
         z = torch.randn(count, self.vae.latent_dim, device=decoder.linear.weight.device)
         if self.balanced:
             z = balanced_latents(z, decoder, teacher, self.latent_lr)
@@ -139,6 +140,7 @@ class PseudoReplay(nn.Module):
         x = novel[: (len(novel) + 1) // 2]
         if rehearse:
             x = torch.cat([x, self.recall(share(novel), teacher)])
+        self.vae.train()
         x_hat, mu, log_var = self.vae(x)
         L_rec = reconstruction_loss(x, x_hat, teacher(x), teacher(x_hat)) if self.teacher_term else F.l1_loss(x_hat, x)
         L_vae = L_rec + 1e-5 * kl_divergence(mu, log_var)
