@@ -403,7 +403,7 @@ def mat_elements(path, content, order, offset):
         at = begin + size if kind == 15 else at + 8 * -(-(begin + size - at) // 8)
 
 
-# ---------------------------------------------------------------- downloads
+# ---------------------------------------------------------------- downloads and whole files
 
 
 def download(path, urls, checksum):
@@ -412,7 +412,6 @@ def download(path, urls, checksum):
     The checksum is an MD5 of the file, as its publisher gives it, or a SHA-256 of what the gzip file holds, because
     MNIST's mirrors compress the same content differently.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
     problems = []
     for url in urls:
         try:
@@ -420,17 +419,26 @@ def download(path, urls, checksum):
             print(f"downloading {url}", flush=True)
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read(LIMIT)
-            part.write_bytes(content)
             md5 = len(checksum) == 32
             if (hashlib.md5(content) if md5 else hashlib.sha256(inflate(content, 31))).hexdigest() != checksum:
                 raise ValueError("wrong checksum")
-            os.replace(part, path)
+            write(path, content)
             return
         except (urllib.error.URLError, http.client.HTTPException, zlib.error, ValueError) as error:
             problems.append(f"{urllib.request.urlparse(url).netloc}: {getattr(error, 'reason', error)}")
         except OSError as error:
             problems.append(str(error))
-        finally:
-            part.unlink(missing_ok=True)
     raise DataError(f"no {path} and no download ({'; '.join(problems)}); get {path.name} elsewhere and put it into "
                     f"{path.parent}, or name the folder above it with --data-dir")  # fmt: skip
+
+
+def write(path, content):
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ import data
 import generators
 import models
 import replay
+from data import write
 
 # ---------------------------------------------------------------- schedules
 
@@ -724,18 +725,6 @@ def load_file(path):
         raise RunError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:  # torch.load raises whatever the damaged bytes lead to
         raise RunError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), or a damaged one") from None
-
-
-def write(path, content):
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def table(rows):

@@ -64,7 +64,7 @@ table() {
             row "mnist-pre-no-teacher-term-$seed" --method pre --no-teacher-term --seed $seed
             row "mnist-pre-no-balanced-$seed" --method pre --no-balanced --seed $seed
             for memory in none vae; do row "mnist-dafl-$memory-$seed" --method dafl --replay $memory --seed $seed; done
-            for memory in none bank vae; do  # where the student forgets: see the README
+            for memory in none bank vae; do  # a generator that only seeks disagreement, long rounds: see the README
                 row "mnist-drift-$memory-$seed" --method pre --replay $memory --seed $seed --loss-weights 0 0 0 \
                     --student-steps 50 --student-decay none --steps 3000
             done
