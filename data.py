@@ -175,19 +175,19 @@ def stroke_distance(points):
 
 # ---------------------------------------------------------------- MNIST and Fashion-MNIST: four IDX files
 
-# File name -> checksum, see `download`.
+# File name -> SHA-256 of the gzipped file, see `download`.
 IDX_FILES = {
     "mnist": {
-        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
     },
     "fashion-mnist": {
-        "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
+        "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
     },
 }
 MIRRORS = {
@@ -275,9 +275,11 @@ class Cifar(NamedTuple):
 
 
 CIFAR = {
-    "cifar10": Cifar("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
+    "cifar10": Cifar("cifar-10-batches-bin", "cifar-10-binary.tar.gz",
+                     "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
                      tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",), 1),
-    "cifar100": Cifar("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8",
+    "cifar100": Cifar("cifar-100-binary", "cifar-100-binary.tar.gz",
+                      "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
                       ("train.bin",), ("test.bin",), 2),
 }  # fmt: skip
 
@@ -331,7 +333,10 @@ def parse_cifar(path, content, known, classes):
 
 # ---------------------------------------------------------------- SVHN: MATLAB 5 files
 
-SVHN_FILES = {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"}
+SVHN_FILES = {
+    "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+    "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+}
 # The types of a MATLAB 5 element as numpy calls them; 14 is a matrix, 15 a compressed element.
 MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 
@@ -409,8 +414,7 @@ def mat_elements(path, content, order, offset):
 def download(path, urls, checksum):
     """Fetch `path` from the first url that serves the right content; it appears under its name only when whole.
 
-    The checksum is an MD5 of the file, as its publisher gives it, or a SHA-256 of what the gzip file holds, because
-    MNIST's mirrors compress the same content differently.
+    The checksum is the SHA-256 of the file as it is served; tensorflow-datasets lists the same.
     """
     problems = []
     for url in urls:
@@ -419,12 +423,11 @@ def download(path, urls, checksum):
             print(f"downloading {url}", flush=True)
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read(LIMIT)
-            md5 = len(checksum) == 32
-            if (hashlib.md5(content) if md5 else hashlib.sha256(inflate(content, 31))).hexdigest() != checksum:
+            if hashlib.sha256(content).hexdigest() != checksum:
                 raise ValueError("wrong checksum")
             write(path, content)
             return
-        except (urllib.error.URLError, http.client.HTTPException, zlib.error, ValueError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, ValueError) as error:
             problems.append(f"{urllib.request.urlparse(url).netloc}: {getattr(error, 'reason', error)}")
         except OSError as error:
             problems.append(str(error))
