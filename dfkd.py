@@ -246,13 +246,16 @@ def transfer_set(args, teacher, student, run):
 
 
 def soft_target_images(args, teacher, count, run):
-    """Soft-target synthesis [P]: features of a layer from their normal distribution, the soft targets that they give, images."""
+    """Soft-target synthesis [P]: features of a layer from their normal distribution, the soft targets that they give, images.
+
+    Each step sees the images augmented, so that they keep their targets when S sees them augmented [I].
+    """
     layer, rest = teacher.split(args.layer)
     h = generators.feature_distribution(layer.weight, args.sigma).sample((count,))
     targets = (rest(h) / args.temperature).softmax(1)
 
     def objective(x):
-        t, f = teacher(x, return_features=True)
+        t, f = teacher(generators.augmented(x, info(args).mirror), return_features=True)
         L_a = generators.activation_loss(f)
         return generators.soft_target_loss(t, targets, args.temperature) + args.loss_weights[0] * L_a
 

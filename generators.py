@@ -275,17 +275,17 @@ def dirichlet_targets(weight, count):
 
 
 def augmented(images, mirror):
-    """Images turned by up to 10 degrees, scaled by 0.9 to 1.1, shifted by up to 2 pixels in 32; `mirror`: half are flipped.
+    """Images turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32; `mirror`: half are flipped.
 
     images (B, C, H, W) -> the same shape, bilinear. "Light augmentation" of the transfer set; the ranges are ours [I].
     """
     def uniform(low, high):
         return torch.empty(len(images), device=images.device).uniform_(low, high)
 
-    angle, scale = uniform(-math.pi / 18, math.pi / 18), uniform(0.9, 1.1)
+    angle, scale = uniform(-math.pi / 9, math.pi / 9), uniform(0.8, 1.2)
     flip = uniform(-1, 1).sign() if mirror else torch.ones_like(scale)
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    shift = uniform(-0.125, 0.125), uniform(-0.125, 0.125)
+    shift = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
     theta = torch.stack([flip * cos, -sin, shift[0], flip * sin, cos, shift[1]], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -258,7 +258,7 @@ def test_augmentation_moves_images_a_little():
     x[:, :, 15:17, 15:17] = 1
     y = g.augmented(x, mirror=False)
     rows = (y.sum((1, 3)) * (torch.arange(32) - 15.5)).sum(1) / y.sum((1, 2, 3))
-    assert y.shape == x.shape and 0.9 < rows.std() < 1.4 and 1.8 < rows.abs().max() < 2.6  # uniform in 2 pixels, over scale
+    assert y.shape == x.shape and 2.1 < rows.std() < 2.6 and 4 < rows.abs().max() < 6.5  # uniform in 4 pixels, turned, over scale
     assert y.mean() / x.mean() == pytest.approx(1, abs=0.1)
     left = torch.zeros(2000, 3, 32, 32)
     left[..., :16] = 1
@@ -319,8 +319,9 @@ def test_images_are_optimised_towards_their_targets(teacher_file, tmp_path, meth
         x, y, intended = dfkd.SYNTHESES[method](args, teacher, 48, run)
     t, tau = teacher(x), args.temperature
     least = -tau**2 * torch.xlogy(y, y).sum(1).mean()  # tau^2 H(y); L_a and DeepInversion's other terms are small here
-    # Half of ZSKD's targets are nearly one-hot at tau = 20: logits beyond what the range of pixels can cause.
-    factor, agreement = (3, 0.8) if method == "zskd" else (5, 0.9)
+    # Half of ZSKD's targets are nearly one-hot at tau = 20: logits beyond what the range of pixels can cause. Soft targets
+    # between two classes do not survive every augmentation.
+    factor, agreement = {"zskd": (3, 0.8), "soft-target": (5, 0.65), "deepinversion": (5, 0.9)}[method]
     assert seen["after"] - least < (seen["before"] - least) / factor
     assert x.shape == (48, 1, 32, 32) and not x.requires_grad and all(p.grad is None for p in teacher.parameters())
     assert (t.argmax(1) == y.argmax(1)).float().mean() > agreement
@@ -908,7 +909,8 @@ def test_transfer_sets_teach_the_student(teacher_dir, tmp_path, method, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     made = result["transfer_set"]
     assert result["accuracy_last"] > 25  # chance is 10
-    assert made["images"] == 300 and made["bytes"] == 300 * 32 * 32 * 2 and made["agreement"] > 0.9
+    assert made["images"] == 300 and made["bytes"] == 300 * 32 * 32 * 2
+    assert made["agreement"] > (0.7 if method == "soft-target" else 0.9)  # soft targets lie between classes
     assert (made["strayed"] > 0) == (method == "zskd")
     stored = [torch.load(tmp_path / "transfer" / f"{i}.pt", weights_only=True) for i in (0, 150)]
     assert all(s["images"].shape == (150, 1, 32, 32) and s["images"].dtype == torch.float16 for s in stored)
