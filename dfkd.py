@@ -44,15 +44,17 @@ from data import write
 EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch
 
 # Every number of a method, as flags without their dashes; a flag on the command line overrides it.
-# `default` is ours: minutes on two CPU cores. `paper` is the authors' own for MNIST: RDSKD, DAFL, PRE-DFKD, ZSKD,
-# DeepInversion [C]; soft-target [P]. A further entry holds what differs for one data set, or for `natural` images, those with
-# three channels; there, `default` is a guess for a GPU. What the papers leave open is ours [I]: PRE-DFKD's Adam lr of S and its
-# cosine's step; RDSKD's second drop, beyond its 1000 epochs; of the transfer sets the batch, the lr, the early stop and S's
-# steps; all of MSKD; the controls.
+# `default` is ours: minutes on two CPU cores. `paper` is the authors' own for MNIST: RDSKD, DAFL, PRE-DFKD, ZSKD [C];
+# soft-target's sigma, tau and lambda_a [P], its sizes ZSKD's; DeepInversion's, found for CIFAR-10 [C]. A further entry holds what
+# differs for one data set, or for `natural` images, those with three channels; there, `default` is a guess for a GPU. What the
+# papers leave open is ours [I]: PRE-DFKD's Adam lr of S and its cosine's step; RDSKD on CIFAR-100; of the transfer sets the
+# batch, the lr, the early stop, the augmentation, the scale of CE beside lambda_a, S's optimiser and steps; DeepInversion's
+# L2, tau and number of images; all of MSKD; the controls.
 # temperature 0 stands for PRE-DFKD's mean |S(x) - T(x)|.
 FAST = dict(batch=64, student_optimiser="adam", student_lr=1e-2, student_decay="cycle")  # the best for LeNets in our trials
 ADAM = dict(student_optimiser="adam", student_lr=2e-3, student_decay="none")
 SGD = dict(student_optimiser="sgd", student_lr=0.1)
+LARGE = dict(batch=256, student_lr=2e-3)  # FAST for networks larger than LeNets
 NATURAL = dict(batch=256, latent=256, width=128, steps=30_000, student_decay="cosine")
 TRANSFER = dict(images=12_000, image_batch=500, image_steps=100, image_lr=0.1, steps=20_000, temperature=20.0, **FAST)
 TRANSFER_PAPER = {**TRANSFER, "images": 24_000, "image_steps": 1500, "steps": 60_000}
@@ -86,8 +88,8 @@ SCHEDULES = {
     "soft-target": {
         "default": dict(layer="auto", sigma="auto", loss_weights=(0.05,), **TRANSFER),
         "paper": dict(layer="auto", sigma=1.5, loss_weights=(0.05,), **TRANSFER_PAPER),
-        "default natural": dict(batch=256, student_lr=2e-3),
-        "paper natural": dict(images=40_000, sigma=2.0, loss_weights=(0.1,)),
+        "default natural": LARGE,
+        "paper natural": dict(images=40_000, sigma=2.0, loss_weights=(0.1,), **LARGE),
     },
     "dafl": {
         "default": dict(
@@ -105,15 +107,16 @@ SCHEDULES = {
         ),
     },
     "zskd": {
-        "default": TRANSFER, "default natural": dict(batch=256, student_lr=2e-3), "paper": TRANSFER_PAPER,
-        "paper natural": dict(images=40_000),
+        "default": TRANSFER, "default natural": LARGE, "paper": TRANSFER_PAPER,
+        "paper natural": dict(images=40_000, **LARGE),
     },
     "deepinversion": {
         "default": dict(TRANSFER, image_batch=256, loss_weights=(1e-3, 0.0, 10.0)),
-        "default natural": dict(batch=256, student_lr=2e-3, image_steps=500),
+        "default natural": dict(image_steps=500, **LARGE),
         "paper": dict(TRANSFER_PAPER, image_batch=256, image_steps=2000, images=40_000, loss_weights=(1e-3, 0.0, 10.0)),
+        "paper natural": LARGE,
     },
-    "noise": {"default": CONTROL, "default natural": dict(batch=256, student_lr=2e-3), "paper": CONTROL},
+    "noise": {"default": CONTROL, "default natural": LARGE, "paper": CONTROL, "paper natural": LARGE},
 }  # fmt: skip
 SCHEDULES["mskd"], SCHEDULES["kd"] = SCHEDULES["dafl"], SCHEDULES["noise"]
 # Replay, for every method with a generator. PRE-DFKD's lr of G is 0.02: the VAE has 1/40 of it, the latents all of it [C].
@@ -248,7 +251,7 @@ def transfer_set(args, teacher, student, run):
 def soft_target_images(args, teacher, count, run):
     """Soft-target synthesis [P]: features of a layer from their normal distribution, the soft targets that they give, images.
 
-    Each step sees the images augmented, so that they keep their targets when S sees them augmented [I].
+    Each step sees the images augmented, so that they keep their targets when S sees them augmented [I]; ZSKD's as well.
     """
     layer, rest = teacher.split(args.layer)
     h = generators.feature_distribution(layer.weight, args.sigma).sample((count,))
@@ -283,7 +286,8 @@ def zskd_images(args, teacher, count, run):
     targets, intended = generators.dirichlet_targets(teacher.classifier.weight, count)
 
     def objective(x):
-        return generators.soft_target_loss(teacher(x), targets, args.temperature)
+        t = teacher(generators.augmented(x, info(args).mirror))
+        return generators.soft_target_loss(t, targets, args.temperature)
 
     return optimise(objective, args, count, run), targets, intended
 
@@ -306,10 +310,10 @@ SYNTHESES = {"soft-target": soft_target_images, "zskd": zskd_images, "deepinvers
 
 
 def optimise(objective, args, count, run):
-    """x* = argmin objective(x) by Adam from noise, within the range of pixels [I].
+    """x* = argmin objective(x) by Adam from noise [P, C], within the range of pixels [I].
 
     The noise is smooth and weak, drawn on an 8 x 8 grid: what is left of it in an image teaches S more when it looks less
-    like noise. Adam ends early when 50 steps bring less than 1 % of the decrease so far.
+    like noise [I]. Adam ends early when 50 steps bring less than 1 % of the decrease so far [I].
     """
     mean, std = data.mean_and_std(info(args), args.device)
     noise = 0.5 * torch.randn(count, info(args).channels, 8, 8, device=args.device)

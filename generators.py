@@ -275,9 +275,10 @@ def dirichlet_targets(weight, count):
 
 
 def augmented(images, mirror):
-    """Images turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32; `mirror`: half are flipped.
+    """Images sampled on grids turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
 
-    images (B, C, H, W) -> the same shape, bilinear. "Light augmentation" of the transfer set; the ranges are ours [I].
+    images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped. "Light augmentation" of the
+    transfer set; the ranges are ours [I].
     """
     def uniform(low, high):
         return torch.empty(len(images), device=images.device).uniform_(low, high)
