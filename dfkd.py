@@ -582,7 +582,7 @@ class Run:
         self.args, self.out, self.evaluate = args, Path(args.out), evaluate
         self.position, self.rows, self.state = {}, [], {}
         self.objects, self.terms, self.samples, self.facts = {}, [], None, {}
-        self.saved, self.begun = {}, time.perf_counter()
+        self.saved, self.begun, self.commit = {}, time.perf_counter(), git_commit()
         if args.resume and (self.out / "checkpoint.pt").exists():
             self.saved = load_file(self.out / "checkpoint.pt")
             try:
@@ -592,6 +592,8 @@ class Run:
                 self.begun -= self.saved["seconds"]
             except (KeyError, TypeError, AttributeError):
                 raise RunError(f"{self.out}/checkpoint.pt: no checkpoint of this program; run without --resume") from None
+            if self.saved.get("commit") != self.commit:
+                print(f"{self.out}: began with commit {self.saved.get('commit')} of this program, goes on with {self.commit}")
 
     def check_arguments(self, before):
         now = numbers_of(self.args)
@@ -653,7 +655,7 @@ class Run:
         if len(bad):
             step, term = bad[0].tolist()
             raise RunError(f"{self.names[term]} became {values[step, term]:.3g} at {stage} step {done - len(values) + step + 1}; "
-                           f"the last good checkpoint is kept; try a lower learning rate")  # fmt: skip
+                           f"try a lower learning rate{'; the last good checkpoint is kept' if self.position else ''}")  # fmt: skip
         row = dict(step=done, accuracy=self.evaluate() if evaluate else None)
         row.update(zip(self.names, values.double().mean(0).tolist()), seconds=round(self.seconds(), 1))
         self.terms = []
@@ -664,7 +666,7 @@ class Run:
         if self.samples:
             write(self.out / "samples.png", self.picture())
         checkpoint = dict(args=numbers_of(self.args), position=self.position, rows=self.rows, state=self.state)
-        checkpoint.update(seconds=self.seconds(), random=random_state(self.args.device))
+        checkpoint.update(seconds=self.seconds(), random=random_state(self.args.device), commit=self.commit)
         checkpoint["objects"] = {name: thing.state_dict() for name, thing in self.objects.items()}
         write(self.out / "checkpoint.pt", serialise(checkpoint))
         return row
@@ -688,7 +690,7 @@ class Run:
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
             replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None, seconds=round(self.seconds(), 1),
-            args=numbers_of(args), torch_version=torch.__version__, git_commit=git_commit(),
+            args=numbers_of(args), torch_version=torch.__version__, git_commit=self.commit,
         )  # fmt: skip
         write(self.out / "student.pt", weights(self.objects["S"]))
         write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
@@ -1091,8 +1093,11 @@ def distil(args):
     teacher_accuracy = evaluate(teacher)
     set_aside(out, args.resume)
     run = Run(args, lambda: evaluate(student))
-    METHODS[args.method](args, teacher, student, run, *controls(args, real))
-    summary(run.finish(teacher_accuracy), out)
+    try:
+        METHODS[args.method](args, teacher, student, run, *controls(args, real))
+        summary(run.finish(teacher_accuracy), out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.position else "") from None
 
 
 def controls(args, real):
@@ -1154,10 +1159,8 @@ def main(argv=None):
         if not known:
             raise
         problem, code = "out of memory: give a smaller --batch, --width or --bank-size", 1
-    except KeyboardInterrupt:
-        problem, code = "stopped; nothing was saved yet", 130
-        if args.out and (Path(args.out) / "checkpoint.pt").exists():
-            problem = f"stopped; the same command with --resume goes on from {args.out}"
+    except KeyboardInterrupt as stop:
+        problem, code = f"stopped; {stop if str(stop) else 'nothing new was saved, run the same command again'}", 130
     print(f"dfkd.py: {problem}", file=sys.stderr)
     return code
 

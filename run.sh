@@ -4,7 +4,7 @@
 #   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
-#   ./run.sh table DATA [FLAGS]   the README's rows for mnist or cifar10; stop it at will, the same command goes on
+#   ./run.sh table DATA [FLAGS]   mnist: the README's rows; cifar10: large pairs, for a GPU; stop it at will, the same command goes on
 #
 # torch 2.6 is the first whose torch.load(weights_only=True) is safe with hostile files (CVE-2025-32434).
 # Where the current python3 (or $PYTHON) already has torch, it is used as it is; else everything goes into .venv.

@@ -1011,7 +1011,7 @@ def test_on_a_gpu(tmp_path, method, capsys):
     assert dfkd.main([*flags, "--out", str(tmp_path / "a")]) == 0 and "of the GPU's" in capsys.readouterr().out
     assert dfkd.main([*flags, "--out", str(tmp_path / "b")]) == 0
     a, b = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert method == "soft-target" or all(torch.equal(a[k], b[k]) for k in a)  # grid_sample's gradient has no fixed order there
 
 
 def test_imports_go_one_way():
@@ -1202,6 +1202,13 @@ def test_a_transfer_set_that_is_gone(command, tmp_path, capsys):
     (tmp_path / "run" / "transfer" / "0.pt").unlink()
     assert dfkd.main(command("run", "--resume", flags=flags)) == 1
     assert "without --resume" in one_line(capsys.readouterr().err)
+
+
+def test_resume_says_that_the_program_has_changed(command, capsys, monkeypatch):
+    for commit in ("one", "other"):
+        monkeypatch.setattr(dfkd, "git_commit", lambda: commit)
+        assert dfkd.main(command("out", "--resume")) == 0
+    assert "began with commit one of this program, goes on with other" in capsys.readouterr().out
 
 
 def test_resume_refuses_other_arguments(command, capsys):
