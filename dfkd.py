@@ -13,6 +13,7 @@ import argparse
 import csv
 import html
 import io
+import itertools
 import json
 import os
 import re
@@ -776,11 +777,15 @@ def finished(folder):
         raise RunError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
 
 
+def without_seed(folder):
+    return re.sub(r"-\d+$", "", Path(folder).name)
+
+
 def results_table(folders):
     """Runs that differ in nothing but the seed as one row each of a Markdown table; figures as PRE-DFKD reports them."""
     groups = {}
     for folder in map(Path, folders):
-        groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(finished(folder))
+        groups.setdefault(without_seed(folder), []).append(finished(folder))
     lines = ["| run | teacher | student | seeds | maximum | μ | σ² | μ, second half | σ², second half | replay kB | minutes |", "|---" * 11 + "|"]
     for name, runs in groups.items():
         results = [result for result, _ in runs]
@@ -802,6 +807,7 @@ def results_table(folders):
 def curves(folders):
     """The student's accuracy over its steps in several runs, side by side: the bytes of one SVG picture.
 
+    Runs that differ in nothing but the seed, the end of their names, have one colour.
     The vertical axis begins at the lowest accuracy of the runs' second halves: what is below it, a run's beginning, is cut.
     """
     runs = [finished(Path(folder))[1] for folder in folders]
@@ -823,11 +829,12 @@ def curves(folders):
              f'<path d="M50 20V{height - 30}H{width - 10}" fill="none" stroke="#888"/>',
              label(45, 24, f"{top:.1f} %", 'text-anchor="end"'), label(45, height - 30, f"{bottom:.1f} %", 'text-anchor="end"'),
              label(width - 10, height - 12, f"student step {last}", 'text-anchor="end"')]  # fmt: skip
-    for i, (folder, run) in enumerate(zip(folders, runs)):
-        colour = colours[i % len(colours)]
-        points = " ".join(place(*row) for row in run)
+    groups = dict(zip(dict.fromkeys(map(without_seed, folders)), itertools.cycle(colours)))
+    for folder, run in zip(folders, runs):
+        points, colour = " ".join(place(*row) for row in run), groups[without_seed(folder)]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5" clip-path="url(#axes)"/>')
-        parts.append(label(width - 14, height - 40 - 16 * i, html.escape(Path(folder).name), f'fill="{colour}" text-anchor="end"'))
+    for i, (name, colour) in enumerate(groups.items()):
+        parts.append(label(width - 14, height - 40 - 16 * i, html.escape(name), f'fill="{colour}" text-anchor="end"'))
     return "\n".join([*parts, "</svg>\n"]).encode()
 
 
