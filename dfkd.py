@@ -252,7 +252,7 @@ def transfer_set(args, teacher, student, run):
 def soft_target_images(args, teacher, count, run):
     """Soft-target synthesis [P]: features of a layer from their normal distribution, the soft targets that they give, images.
 
-    Each step sees the images augmented, so that they keep their targets when S sees them augmented [I]; ZSKD's as well.
+    Each step sees the images augmented, so that they keep their targets when S sees them augmented [I].
     """
     layer, rest = teacher.split(args.layer)
     h = generators.feature_distribution(layer.weight, args.sigma).sample((count,))
@@ -283,7 +283,7 @@ def feature_model(teacher, args):
 
 
 def zskd_images(args, teacher, count, run):
-    """ZSKD [C]: soft targets from a Dirichlet distribution for each class, images."""
+    """ZSKD [C]: soft targets from a Dirichlet distribution for each class, images, augmented as soft-target's are [I]."""
     targets, intended = generators.dirichlet_targets(teacher.classifier.weight, count)
 
     def objective(x):
