@@ -1,14 +1,22 @@
 """Data sets: `glyphs`, drawn here; MNIST, Fashion-MNIST, SVHN, CIFAR-10 and -100, read from files or downloaded.
 
-    data = load("mnist", "datasets")        # images uint8 (N, C, 32, 32), labels int64 (N,)
-    x = normalise(data.test_images, "mnist")  # float32, zero mean and unit variance per channel
+    real = load("mnist", "datasets")                   # images uint8 (N, C, 32, 32), labels int64 (N,)
+    x = normalise(real.test_images, INFO["mnist"])     # float32, zero mean and unit variance per channel
 
 Only teacher training, the `kd` upper bound and evaluation are given images. Distillation knows `INFO` and nothing else.
-Every malformed file raises DataError with one line that names the file and says what to do.
+Every malformed file raises DataError with one line that names the file and says what to do. Files out, at the end:
+tensors, tables and pictures, each there whole or not at all.
 """
 
+import contextlib
+import csv
+import functools
+import glob
 import hashlib
+import html
 import http.client
+import io
+import itertools
 import os
 import struct
 import tarfile
@@ -80,15 +88,16 @@ def to_32x32(images):
     return torch.cat([F.interpolate(c.float(), size=32, mode="bilinear").round_().byte() for c in chunks])
 
 
-def normalise(images, name):
-    """uint8 images (B, C, H, W) -> float32 with the mean and standard deviation of data set `name` taken out."""
-    mean, std = mean_and_std(INFO[name], images.device)
+def normalise(images, info):
+    """uint8 images (B, C, H, W) -> float32 with the mean and standard deviation of an Info taken out."""
+    mean, std = mean_and_std(info, images.device)
     return (images / 255 - mean) / std
 
 
+@functools.cache  # a copy to the GPU for every batch would make the CPU wait
 def mean_and_std(info, device):
     """Mean and standard deviation per channel of an Info: (C, 1, 1) each."""
-    return (torch.tensor(v, device=device).view(-1, 1, 1) for v in (info.mean, info.std))
+    return tuple(torch.tensor(v, device=device).view(-1, 1, 1) for v in (info.mean, info.std))
 
 
 def cropped_and_mirrored(images):
@@ -408,7 +417,7 @@ def mat_elements(path, content, order, offset):
         at = begin + size if kind == 15 else at + 8 * -(-(begin + size - at) // 8)
 
 
-# ---------------------------------------------------------------- downloads and whole files
+# ---------------------------------------------------------------- downloads
 
 
 def download(path, urls, checksum):
@@ -435,13 +444,117 @@ def download(path, urls, checksum):
                     f"{path.parent}, or name the folder above it with --data-dir")  # fmt: skip
 
 
+# ---------------------------------------------------------------- files out: whole, or not at all
+
+
 def write(path, content):
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all, after a power cut too; remove what killed processes left of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name may reach the disk before the content
         os.replace(part, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every system opens folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        pid = other.name[len(path.name) + 1 : -len(".part")]
+        if pid.isdecimal() and not alive(int(pid)):
+            with contextlib.suppress(OSError):
+                other.unlink()
+
+
+def alive(pid):
+    """Whether a process has this number; where that cannot be asked, yes."""
+    try:
+        if os.name == "posix":  # on Windows, signal 0 is Ctrl-C
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or no number of a process
+        pass
+    return True
+
+
+def save(path, tensors):
+    """torch.save any structure of tensors and plain values; `load_tensors` reads it."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write(path, buffer.getvalue())
+
+
+def load_tensors(path):
+    """What torch.save wrote to `path`: tensors and plain values only, no pickled code is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception:  # torch.load raises whatever the damaged bytes lead to
+        raise DataError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), or a damaged one") from None
+
+
+def csv_rows(rows):
+    """Dicts as the bytes of a CSV file: a column for every key of any row, in order of first appearance."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def png(images, columns=8):
+    """Images in [0, 1], (N, C, H, W), as the bytes of one PNG picture with a grid of them; grey unless C is 3."""
+    if images.shape[1] not in (1, 3):
+        images = images[:, :1]
+    n, channels, height, width = images.shape
+    columns = min(columns, n)
+    grid = images[: n // columns * columns].unflatten(0, (-1, columns))  # (rows, columns, C, H, W)
+    pixels = (grid.permute(0, 3, 1, 4, 2) * 255).round().byte().reshape(-1, columns * width * channels)
+    lines = F.pad(pixels, (1, 0)).numpy().tobytes()  # each line begins with its filter type, 0
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", columns * width, len(pixels), 8, 0 if channels == 1 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def svg_curves(runs, x_label="student step"):
+    """Curves in percent, [(name, [(x, y), ...]), ...], as the bytes of one SVG picture; equal names share colour and label.
+
+    The vertical axis begins at the lowest y of the runs' second halves: what is below it, a run's beginning, is cut.
+    """
+    last = max(run[-1][0] for _, run in runs)
+    top = max(y for _, run in runs for _, y in run)
+    bottom = min(y for _, run in runs for _, y in run[len(run) // 2 :])
+    bottom -= max(top - bottom, 0.1) / 10
+    width, height, colours = 640, 360, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999")
+
+    def place(x, y):
+        return f"{50 + (width - 60) * x / (last or 1):.1f},{20 + (height - 50) * (top - y) / (top - bottom):.1f}"
+
+    def label(x, y, text, more=""):
+        return f'<text x="{x}" y="{y}" {more}text-anchor="end">{html.escape(text)}</text>'
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+             '<rect width="100%" height="100%" fill="white"/>',
+             f'<clipPath id="axes"><rect x="50" y="15" width="{width - 55}" height="{height - 45}"/></clipPath>',
+             f'<path d="M50 20V{height - 30}H{width - 10}" fill="none" stroke="#888"/>',
+             label(45, 24, f"{top:.1f} %"), label(45, height - 30, f"{bottom:.1f} %"),
+             label(width - 10, height - 12, f"{x_label} {last}")]  # fmt: skip
+    groups = dict(zip(dict.fromkeys(name for name, _ in runs), itertools.cycle(colours)))
+    for name, run in runs:
+        points = " ".join(place(*point) for point in run)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{groups[name]}" stroke-width="1.5" clip-path="url(#axes)"/>')
+    for i, (name, colour) in enumerate(groups.items()):
+        parts.append(label(width - 14, height - 40 - 16 * i, name, f'fill="{colour}" '))
+    return "\n".join([*parts, "</svg>\n"]).encode()

@@ -486,7 +486,7 @@ def test_stroke_distance():
 def test_images_are_normalised_and_resized():
     x = data.to_32x32(np.full((2, 28, 28), 51, np.uint8))
     assert x.shape == (2, 1, 32, 32) and (x == 51).all() and x.dtype == torch.uint8
-    assert torch.allclose(data.normalise(x, "mnist"), torch.tensor((0.2 - 0.1307) / 0.3081))
+    assert torch.allclose(data.normalise(x, data.INFO["mnist"]), torch.tensor((0.2 - 0.1307) / 0.3081))
 
 
 def test_crops_and_mirror_images():
@@ -501,7 +501,7 @@ def test_crops_and_mirror_images():
 
 
 def test_the_normalisation_of_glyphs_is_that_of_its_images():
-    x = data.normalise(data.to_32x32(data.glyphs(2_000, 0)[0]), "glyphs")
+    x = data.normalise(data.to_32x32(data.glyphs(2_000, 0)[0]), data.INFO["glyphs"])
     assert x.mean().item() == pytest.approx(0, abs=0.02) and x.std().item() == pytest.approx(1, abs=0.02)
 
 
