@@ -1,4 +1,4 @@
-"""Image generator, generator objectives and synthesis objectives: one pure function per term of the papers.
+"""Image generator, objectives for generators and for images, image synthesis: one function per term of the papers.
 
 Read it with the papers beside it. Every docstring gives the formula and says where it comes from:
     [P] the paper's text,  [C] the authors' public code,  [I] our reading where neither settles it.
@@ -54,7 +54,7 @@ class UpsampleConv2d(nn.Conv2d):
         self.register_buffer("repeat", repeat, persistent=False)
 
     def forward(self, x):  # (B, I, H, W) -> (B, O, 2H, 2W)
-        v = torch.einsum("pa,oiab,qb->iopq", self.repeat, self.weight, self.repeat)
+        v = torch.einsum("pa,oiab,qb->iopq", self.repeat, float32_weight(self), self.repeat)
         return F.conv_transpose2d(x, v, stride=2, padding=1)
 
 
@@ -62,33 +62,62 @@ class Generator(nn.Module):
     """G: z (B, d) -> x (B, C, H, W); the network of DAFL's and RDSKD's code [C], where width = 128.
 
     `spectral_norm` divides each convolution's weight by its largest singular value: PRE-DFKD's novel generator [C].
+    `bound` draws the weights from U(-bound, bound) and sets the biases to 0: PRE-DFKD has 0.08 [C].
     The second BatchNorm and the third have eps = 0.8: the authors pass it as the second positional argument, where
     torch expects eps and a reader expects momentum. It changes what the network learns, so it is kept [C].
     The last BatchNorm has no affine part and puts the images into the teacher's normalised input space [C].
+    The images are float32 at least. What comes before them is bfloat16 where `bf16` is set on the network.
     """
 
-    def __init__(self, latent_dim, channels, image_size=32, width=128, spectral_norm=False):
+    bf16 = False
+
+    def __init__(self, latent_dim, channels, image_size=32, width=128, spectral_norm=False, bound=None):
         super().__init__()
         if image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, not {image_size}")
         self.latent_dim, self.start = latent_dim, image_size // 4
-        norm = parametrizations.spectral_norm if spectral_norm else lambda conv: conv
         self.linear = nn.Linear(latent_dim, width * self.start**2)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv1 = norm(UpsampleConv2d(width, width))
+        self.conv1 = UpsampleConv2d(width, width)
         self.bn2 = nn.BatchNorm2d(width, eps=0.8)
-        self.conv2 = norm(UpsampleConv2d(width, width // 2))
+        self.conv2 = UpsampleConv2d(width, width // 2)
         self.bn3 = nn.BatchNorm2d(width // 2, eps=0.8)
-        self.conv3 = norm(nn.Conv2d(width // 2, channels, 3, padding=1))
+        self.conv3 = nn.Conv2d(width // 2, channels, 3, padding=1)
         self.bn4 = nn.BatchNorm2d(channels, affine=False)
+        if bound:
+            uniform_weights(self, bound)
+        if spectral_norm:
+            for conv in (self.conv1, self.conv2, self.conv3):
+                parametrizations.spectral_norm(conv)
 
     def forward(self, z):
-        x = self.linear(z).unflatten(1, (-1, self.start, self.start))  # (B, 128, H/4, W/4)
-        x = self.bn1(x.contiguous(memory_format=torch.channels_last))
-        x = F.leaky_relu(self.bn2(self.conv1(x)), 0.2, inplace=True)  # (B, 128, H/2, W/2)
-        x = F.leaky_relu(self.bn3(self.conv2(x)), 0.2, inplace=True)  # (B, 64, H, W)
-        x = self.conv3(x).float().tanh()  # (B, C, H, W)
-        return self.bn4(x)
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.linear(z).unflatten(1, (-1, self.start, self.start))  # (B, 128, H/4, W/4)
+            x = self.bn1(x.contiguous(memory_format=torch.channels_last))
+            x = F.leaky_relu(self.bn2(self.conv1(x)), 0.2, inplace=True)  # (B, 128, H/2, W/2)
+            x = F.leaky_relu(self.bn3(self.conv2(x)), 0.2, inplace=True)  # (B, 64, H, W)
+            x = F.conv2d(x, float32_weight(self.conv3), self.conv3.bias, padding=1)  # (B, C, H, W)
+        return self.bn4(at_least_float32(x).tanh())
+
+
+def float32_weight(conv):
+    """The convolution's weight, computed without autocast: a spectral norm in bfloat16 would be off by a percent."""
+    with torch.autocast(next(conv.parameters()).device.type, enabled=False):
+        return conv.weight
+
+
+def at_least_float32(x):
+    """bfloat16 raised to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def uniform_weights(net, bound):
+    """Draw the weights of all convolutions and linear layers from U(-bound, bound) and set their biases to 0."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.uniform_(layer.weight, -bound, bound)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 # ---------------------------------------------------------------- terms that the papers share
@@ -130,6 +159,14 @@ def distillation_loss(student_logits, teacher_logits, temperature):
     log_q = (student_logits / temperature).log_softmax(1)
     log_p = (teacher_logits / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def logit_distance_loss(student_logits, teacher_logits):
+    """L_kd = mean |S(x) - T(x)| over batch and classes: PRE-DFKD's student loss [C].
+
+    student_logits, teacher_logits (B, K) -> scalar.
+    """
+    return F.l1_loss(student_logits, teacher_logits)
 
 
 # ---------------------------------------------------------------- RDSKD
@@ -185,6 +222,15 @@ def mode_seeking_loss(images, z):
     return distance_z / (distance_x + 1e-5 * distance_z).clamp_min(1e-20)  # finite also where both distances are 0
 
 
+def mskd_loss(images, z, logits, a, b, c):
+    """L_G = a L_oh + b L_ie + c L_ms, L_ie in log10, L_ms the mode-seeking loss: MSKD's generator objective [I].
+
+    images (B, C, H, W), z (B, d), logits (B, K), weights a, b, c -> scalar.
+    """
+    L_ie = information_entropy_loss(logits) / math.log(10)
+    return a * one_hot_loss(logits) + b * L_ie + c * mode_seeking_loss(images, z)
+
+
 # ---------------------------------------------------------------- PRE-DFKD
 
 
@@ -192,18 +238,20 @@ def js_disagreement_loss(student_logits, teacher_logits, temperature=3.0):
     """L_js = 1 - JSD( softmax(S(x)/tau), softmax(T(x)/tau) ): small when student and teacher disagree.
 
     student_logits, teacher_logits (B, K) -> scalar in [1 - log 2, 1]. JSD(P, Q) = KL(P || M)/2 + KL(Q || M)/2 with
-    M = (P + Q)/2, summed over classes, averaged over the batch. PRE-DFKD [P], tau = 3 [C]. The authors' code differs: it
-    clamps P, Q and M to [0.01, 0.99], averages over classes as well (a factor 1/K), and swaps the arguments, KL(M || P).
+    M = (P + Q)/2, summed over classes, averaged over the batch. PRE-DFKD [P]; tau = 3 [C]. The teacher's logits are
+    detached: G receives this gradient through S alone [C]. The authors' code differs from the text otherwise: it clamps
+    P, Q and M to [0.01, 0.99], averages over classes as well (a factor 1/K), has M as the target, KL(M || P), and clamps
+    the result to [0, 1].
     """
     log_p = (student_logits / temperature).log_softmax(1)
-    log_q = (teacher_logits / temperature).log_softmax(1)
+    log_q = (teacher_logits.detach() / temperature).log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     kl_p = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
     kl_q = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
     return 1 - (kl_p + kl_q) / 2
 
 
-# ---------------------------------------------------------------- soft-target synthesis and ZSKD
+# ---------------------------------------------------------------- soft-target synthesis
 
 
 def weight_correlation(weight):
@@ -216,10 +264,10 @@ def weight_correlation(weight):
 
 
 def feature_distribution(weight, sigma):
-    """h ~ N(0, Sigma), Sigma = sigma^2 R: a model of the outputs h of the layer with this weight, before its activation.
+    """N(0, sigma^2 R): the distribution of a layer's outputs h before the activation.
 
-    weight (D, M) -> a distribution over (D,). Soft-target synthesis [P]; the mean 0 is [I]. R may be singular: 1e-4 on
-    its diagonal makes the Cholesky factor exist [I].
+    weight (D, M) of the layer -> a distribution over (D,). The covariance is the paper's [P], the mean 0 is ours [I].
+    R may be singular, and a singular matrix has no Cholesky factor. So 1e-4 is added to its diagonal [I].
     """
     R = weight_correlation(weight)
     covariance = sigma**2 * (R + 1e-4 * torch.eye(len(R), device=R.device))
@@ -227,11 +275,12 @@ def feature_distribution(weight, sigma):
 
 
 def feature_scale(weight, rest, certainty, count=4000):
-    """The sigma at which the teacher is as sure of sampled features as `certainty` says: L_oh(rest(h)) = certainty.
+    """The sigma at which the teacher's L_oh on sampled features h is `certainty`, found by bisection [I].
 
-    weight (D, M), rest: h (B, D) -> logits (B, K), certainty in nats -> float [I]. sigma has the unit of this teacher's
-    features, which nothing but data would tell; but a trained teacher is sure of what it was trained on, and how sure it
-    is has no unit. L_oh falls as sigma grows; the root is found by bisection, with fixed samples.
+    weight (D, M) of the layer, rest: h (B, D) -> logits (B, K), certainty in nats -> float.
+    Why: sigma has the unit of this teacher's features, and only data would tell their size. But a trained teacher is
+    sure of the data that it was trained on, and how sure it is has no unit. L_oh falls as sigma grows. The samples are
+    always the same ones.
     """
     generator = torch.Generator().manual_seed(0)
     unit = feature_distribution(weight, 1.0)
@@ -244,52 +293,57 @@ def feature_scale(weight, rest, certainty, count=4000):
     return middle
 
 
-def soft_target_loss(logits, targets, temperature):
-    """tau^2 CE( y, softmax(T(x)/tau) ), batch mean: small when the teacher's output on x is the soft target y.
+def soft_labels(weight, rest, sigma, temperature, count):
+    """y = softmax(rest(h) / tau), h ~ N(0, sigma^2 R): soft targets from one distribution over all classes [P].
 
-    logits (B, K) = T(x), targets y (B, K) distributions -> scalar, at least tau^2 H(y). Soft-target synthesis and ZSKD
-    have tau = 20 and no factor tau^2 [P, C]; with it, the gradient does not vanish beside lambda_a L_a [I].
+    weight (D, M) of the modelled layer, rest: h (B, D) -> logits (B, K), the rest of the teacher -> (count, K).
     """
-    return temperature**2 * F.cross_entropy(logits / temperature, targets)
+    h = feature_distribution(weight, sigma).sample((count,))
+    return (rest(h) / temperature).softmax(1)
+
+
+def soft_target_loss(logits, targets, temperature):
+    """CE( y, softmax(T(x)/tau) ), batch mean: small when the teacher's output on x is the soft target y.
+
+    logits (B, K) = T(x), targets y (B, K) distributions -> scalar, at least H(y). tau = 20. ZSKD minimises it alone [C];
+    soft-target synthesis adds lambda_a L_a [P].
+    """
+    return F.cross_entropy(logits / temperature, targets)
+
+
+# ---------------------------------------------------------------- ZSKD
 
 
 def dirichlet_concentrations(weight):
     """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
 
-    weight (K, M) of the teacher's last layer -> (K, K). [C]
+    weight (K, M) of the teacher's last layer -> (K, K). ZSKD [P, C].
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)
     return (cosine - low) / (high - low).clamp_min(1e-12)  # rows that are all alike give 0, not 0/0
 
 
-def dirichlet_targets(weight, count):
-    """y ~ Dirichlet(beta c_k + 1e-4): ZSKD's soft targets for random classes k, half with beta = 1, half with 0.1 [C].
+def dirichlet_targets(weight, classes):
+    """y ~ Dirichlet(beta c_k + 1e-4), k the intended class; beta = 1 for the first half of the batch, 0.1 for the second.
 
-    weight (K, M) of the teacher's last layer -> targets (count, K), intended classes (count,).
+    weight (K, M) of the teacher's last layer, classes (B,) -> targets (B, K). ZSKD: the two halves are the paper's [P].
+    In the public code the 0.1 has no effect, because the rows are scaled to [0, 1] again before use [C].
     """
-    k = torch.randint(len(weight), (count,), device=weight.device)
-    beta = torch.where(torch.arange(count, device=weight.device) < count // 2, 1.0, 0.1)
-    concentrations = beta[:, None] * dirichlet_concentrations(weight)[k] + 1e-4
-    return Dirichlet(concentrations).sample(), k
+    half = len(classes) // 2
+    beta = torch.ones(len(classes), 1, device=weight.device)
+    beta[half:] = 0.1
+    return Dirichlet(beta * dirichlet_concentrations(weight)[classes] + 1e-4).sample()
 
 
-def augmented(images, mirror):
-    """Images sampled on grids turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
+def rescaled(images, mean, std):
+    """The batch min-max rescaled to pixels in [0, 1]: ZSKD does so before every step [C].
 
-    images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped. "Light augmentation" of the
-    transfer set; the ranges are ours [I].
+    images (B, C, H, W) normalised with mean and std, (C, 1, 1) each -> the same form.
     """
-    def uniform(low, high):
-        return torch.empty(len(images), device=images.device).uniform_(low, high)
-
-    angle, scale = uniform(-math.pi / 9, math.pi / 9), uniform(0.8, 1.2)
-    flip = uniform(-1, 1).sign() if mirror else torch.ones_like(scale)
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    shift = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
-    theta = torch.stack([flip * cos, -sin, shift[0], flip * sin, cos, shift[1]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    pixels = images * std + mean
+    low, high = pixels.aminmax()
+    return ((pixels - low) / (high - low).clamp_min(1e-12) - mean) / std
 
 
 # ---------------------------------------------------------------- DeepInversion
@@ -339,7 +393,80 @@ def deepinversion_loss(images, logits, classes, batch_norm, a_tv, a_2, a_f):
     """CE(t, y) + a_tv TV(x) + a_2 ||x||_2 + a_f sum_l BN_l: DeepInversion's objective [C].
 
     images (B, C, H, W), logits (B, K), classes y (B,), batch_norm = [(layer, input), ...] as `batch_norm_inputs` collects
-    them (empty for a teacher without BatchNorm) -> scalar. CIFAR-10: a_tv = 2.5e-5 to 1e-3, a_f = 10 to 100 [C].
+    them (empty for a teacher without BatchNorm) -> scalar. CIFAR-10: a_tv = 2.5e-5 to 1e-3, a_f = 10 to 100, a_2 = 0 [C].
     """
     prior = sum(batch_norm_loss(h.float(), layer.running_mean, layer.running_var) for layer, h in batch_norm)
     return F.cross_entropy(logits, classes) + a_tv * total_variation(images) + a_2 * vector_norm(images) + a_f * prior
+
+
+def rolled(images):
+    """The whole batch moved by up to 2 pixels in both directions; what leaves on one side enters on the other.
+
+    images (B, C, H, W) -> the same shape. DeepInversion does so before every step [C].
+    """
+    return images.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
+
+
+# ---------------------------------------------------------------- images optimised towards their targets
+
+
+def balanced_classes(first, count, num_classes):
+    """The classes of images `first` to `first + count` of a transfer set in which each class is as frequent: (count,).
+
+    ZSKD's and DeepInversion's code balance them [C].
+    """
+    return torch.arange(first, first + count) % num_classes
+
+
+def smooth_noise(count, channels, image_size=32):
+    """Weak noise drawn on an 8 x 8 grid and enlarged to images (count, C, H, W): where our images begin [I].
+
+    Some of the beginning is left in a finished image, and S learns more from images that look less like noise.
+    """
+    noise = 0.5 * torch.randn(count, channels, 8, 8)
+    return F.interpolate(noise, size=(image_size, image_size), mode="bilinear")
+
+
+def augmented(images, mirror):
+    """Images sampled on grids turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
+
+    images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped. Light augmentation of the images
+    that S sees is ZSKD's [C]; soft-target synthesis does as ZSKD [I]; the ranges are ours [I].
+    """
+    def uniform(low, high):
+        return torch.empty(len(images), device=images.device).uniform_(low, high)
+
+    angle, scale = uniform(-math.pi / 9, math.pi / 9), uniform(0.8, 1.2)
+    flip = uniform(-1, 1).sign() if mirror else torch.ones_like(scale)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    shift = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
+    theta = torch.stack([flip * cos, -sin, shift[0], flip * sin, cos, shift[1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, report=None):
+    """x* = argmin_x objective(x) by Adam, from `images` (B, C, H, W), which are left alone -> (x*, the objective's last value).
+
+    objective(x) is a mean over the batch. `constrain`, x -> x, is applied after every step. With `settle` = 0.01, the
+    optimisation ends when 50 steps bring less than 1 % of the decrease so far. `report(step, loss)` is called every 50.
+    """
+    x = images.clone(memory_format=torch.channels_last).requires_grad_()
+    optimiser = torch.optim.Adam([x], lr)
+    losses, means = [], []
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        L = objective(x)
+        (len(x) * L).backward(inputs=[x])  # the sum: Adam's eps beside a gradient must not depend on the batch [I]
+        optimiser.step()
+        if constrain:
+            x.data = constrain(x.data)
+        losses.append(L.detach())
+        if step % 50 == 0:
+            means.append(torch.stack(losses).mean().item())
+            losses = []
+            if report:
+                report(step, means[-1])
+            if settle and len(means) > 2 and means[-2] - means[-1] < settle * (means[0] - means[-1]):
+                break
+    return x.detach(), L.detach()

@@ -1,4 +1,4 @@
-"""Classifiers: the teachers and students of the three papers, for 32 x 32 images.
+"""Classifiers: the teachers and students of the three papers, for 32 x 32 images; teachers: training, loading, accuracy.
 
     net = build("lenet5", num_classes=10, channels=1)
     logits = net(x)                                   # x (B, C, 32, 32) -> (B, K)
@@ -16,21 +16,34 @@ References
 """
 
 import re
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
+
 NAMES = ("lenet5", "lenet5_half", "alexnet", "alexnet_half", "resnet18", "resnet34", "wrn-40-2", "wrn-16-1")
 
 
+class NetworkError(Exception):
+    """A file does not hold the network that it should: the message is one line that says why."""
+
+
 class Classifier(nn.Module):
-    """A body, `penultimate(x)`, and a last linear layer, `classifier`."""
+    """A body, `penultimate(x)`, and a last linear layer, `classifier`.
+
+    Features and logits are float32. The body is bfloat16 where `bf16` is set on the network.
+    """
+
+    bf16 = False
 
     def forward(self, x, return_features=False):
-        features = self.penultimate(x).float()  # (B, D)
-        with torch.autocast(x.device.type, enabled=False):  # logits are float32 whatever the body computes in
-            logits = self.classifier(features)  # (B, K)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.penultimate(x)  # (B, D)
+        features = features.to(self.classifier.weight.dtype)
+        logits = self.classifier(features)  # (B, K)
         return (logits, features) if return_features else logits
 
     def split(self, layer):
@@ -199,3 +212,122 @@ def build(name, num_classes=10, channels=1):
         if depth >= 10 and depth % 6 == 4 and k >= 1:
             return WRN(depth, k, *shape)
     raise ValueError(f"unknown network '{name}'; choose from {', '.join(NAMES)}, or any wrn-D-K with D = 10, 16, 22, ...")
+
+
+def on_device(name, info, device, precision):
+    """The network called `name` for the data that `info` describes. LeNets stay float32: too small to gain from less."""
+    net = build(name, info.classes, info.channels).to(device, memory_format=torch.channels_last)
+    net.bf16 = precision == "bf16" and not isinstance(net, LeNet5)
+    return net
+
+
+# ---------------------------------------------------------------- teachers: trained here once, or given
+
+TEACHER_BATCH = 128
+
+
+def adam(net, lr):
+    return torch.optim.Adam(net.parameters(), lr, fused=True)
+
+
+def sgd(net, lr, nesterov=False):
+    return torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=nesterov)
+
+
+def teacher_lr(name):
+    return 3e-3 if name.startswith("lenet5") else 0.1
+
+
+def train(name, real, info, epochs, seed, precision, checkpoint, show):
+    """A teacher trained by cross-entropy on the real training images, over one learning-rate cycle; frozen.
+
+    LeNets by Adam; the larger networks by SGD with Nesterov's momentum. Where images may be mirrored, they are also
+    cropped at random. After each epoch all is saved in the file `checkpoint`, from which a stopped training goes on.
+    show(line, keep) prints a line of progress.
+    """
+    device = real.train_images.device
+    torch.manual_seed(seed)
+    net, lr = on_device(name, info, device, precision), teacher_lr(name)
+    optimiser = adam(net, lr) if name.startswith("lenet5") else sgd(net, lr, nesterov=True)
+    count = len(real.train_labels)
+    per_epoch = max(1, count // TEACHER_BATCH)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs * per_epoch)
+    first, parts = 0, (net, optimiser, cycle)
+    if checkpoint.exists():
+        saved = data.load_tensors(checkpoint)
+        try:
+            first = saved["epochs"]
+            for part, state in zip(parts, saved["parts"], strict=True):
+                part.load_state_dict(state)
+            set_random_state(saved["random"], device)
+        except Exception:  # whatever a state dict of another form leads to
+            raise NetworkError(f"{checkpoint}: no half-trained teacher of this program; delete it") from None
+    begun = shown = time.perf_counter()
+    for epoch in range(first, epochs):
+        order = torch.randperm(count)[: per_epoch * TEACHER_BATCH].to(device)
+        for step, index in enumerate(order.split(TEACHER_BATCH), start=1):
+            x = real.train_images[index]
+            if info.mirror:
+                x = data.cropped_and_mirrored(x)
+            loss = F.cross_entropy(net(data.normalise(x, info)), real.train_labels[index])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            cycle.step()
+            now = time.perf_counter()
+            if step == per_epoch or now - shown > 15:
+                shown, done = now, epoch + step / per_epoch
+                eta = clock((now - begun) / (done - first) * (epochs - done))
+                show(f"teacher    {done:.4g}/{epochs} epochs  loss {loss.item():.4g}  eta {eta}", step == per_epoch)
+        state = [part.state_dict() for part in parts]
+        data.save(checkpoint, dict(epochs=epoch + 1, parts=state, random=random_state(device)))
+    return net.eval().requires_grad_(False)
+
+
+def load(path, name, info, device, precision):
+    """The frozen teacher whose state dict is in the file `path`; NetworkError says in one line why it does not fit."""
+    state = data.load_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise NetworkError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel adds it
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
+            raise NetworkError(f"{path}: '{key}' is sparse, quantised, complex or without values; save plain tensors")
+        if not value.isfinite().all():
+            raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
+    net = on_device(name, info, device, precision)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:  # a headline, then a line for each kind of difference
+        reason = str(error).splitlines()[1].strip()
+        raise NetworkError(f"{path}: not a {name} with {info.classes} classes and {info.channels} channels; see --teacher-arch, "
+                           f"--num-classes, --channels: {reason[:160]}") from None  # fmt: skip
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def accuracy(net, images, labels, info):
+    """Percent of the uint8 images that `net` classifies as labelled; the network's mode is kept."""
+    training = net.training
+    net.eval()
+    right = 0
+    for x, y in zip(images.split(2000), labels.split(2000)):
+        right += (net(data.normalise(x, info)).argmax(1) == y).sum()
+    net.train(training)
+    return 100 * right.item() / len(labels)
+
+
+def random_state(device):
+    cuda = torch.cuda.get_rng_state() if torch.device(device).type == "cuda" else None
+    return dict(cpu=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

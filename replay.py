@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generators import Generator, information_entropy_loss, one_hot_loss
+from generators import Generator, at_least_float32, information_entropy_loss, one_hot_loss, uniform_weights
 
 # ---------------------------------------------------------------- the VAE
 
@@ -23,8 +23,11 @@ from generators import Generator, information_entropy_loss, one_hot_loss
 class Encoder(nn.Module):
     """E: x (B, C, H, W) -> mu, log_var (B, d) each; the network of PRE-DFKD's code [C], where width = 128.
 
-    The second positional argument of BatchNorm is its eps, 0.8, as in `Generator` [C]; x1/2 resampling is nearest [I].
+    Each image is first divided by its L2 norm along the height [C]. The second positional argument of BatchNorm is its
+    eps, 0.8, as in `Generator` [C]. The image is halved by nearest resampling, which takes every other pixel [C].
     """
+
+    bf16 = False
 
     def __init__(self, latent_dim, channels, image_size=32, width=128):
         super().__init__()
@@ -38,15 +41,17 @@ class Encoder(nn.Module):
         self.log_var = nn.Linear(width * (image_size // 8) ** 2, latent_dim)
 
     def forward(self, x):
-        x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2, inplace=True)  # (B, 64, H, W)
-        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2, inplace=True)[..., ::2, ::2]  # (B, 128, H/2, W/2)
-        x = self.bn3(self.conv3(x))[..., ::2, ::2]  # (B, 128, H/8, W/8)
-        x = x.flatten(1)
-        return self.mu(x).float(), self.log_var(x).float()
+        x = F.normalize(x, p=2, dim=2)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2, inplace=True)  # (B, 64, H, W)
+            x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2, inplace=True)[..., ::2, ::2]  # (B, 128, H/2, W/2)
+            x = self.bn3(self.conv3(x))[..., ::2, ::2].flatten(1)  # (B, 128 H/8 W/8)
+            mu, log_var = self.mu(x), self.log_var(x)
+        return at_least_float32(mu), at_least_float32(log_var)
 
 
 class VAE(nn.Module):
-    """Encoder E and decoder M, the generator's network without spectral norm [C].
+    """Encoder E and decoder M, the generator's network without spectral norm; weights U(-0.08, 0.08), biases 0 [C].
 
     The authors' latent of 1000 makes M's linear layer alone 33 MB, where the paper says 2.1 MB for all. A latent of 32 and
     a width of 32, the default of dfkd.py, make 0.5 MB [I].
@@ -57,6 +62,7 @@ class VAE(nn.Module):
         self.latent_dim = latent_dim
         self.encoder = Encoder(latent_dim, channels, image_size, width)
         self.decoder = Generator(latent_dim, channels, image_size, width)
+        uniform_weights(self, 0.08)
 
     def forward(self, x):
         mu, log_var = self.encoder(x)
@@ -80,41 +86,48 @@ def reconstruction_loss(images, reconstructed, logits, reconstructed_logits):
 def kl_divergence(mu, log_var):
     """KL( N(mu, sigma^2) || N(0, I) ) = mean_b( -1/2 sum_d (1 + log sigma^2 - mu^2 - sigma^2) ) [C].
 
-    mu, log_var (B, d) -> scalar >= 0. L_vae = L_rec + 1e-5 times this [C].
+    mu, log_var (B, d) -> scalar >= 0.
     """
     return (-(1 + log_var - mu**2 - log_var.exp()) / 2).sum(1).mean()
+
+
+def vae_loss(L_rec, mu, log_var):
+    """L_vae = L_rec + 1e-5 KL( N(mu, sigma^2) || N(0, I) ): the VAE's objective [C].
+
+    L_rec scalar, mu, log_var (B, d) -> scalar.
+    """
+    return L_rec + 1e-5 * kl_divergence(mu, log_var)
 
 
 def latent_balance_loss(z, logits):
     """L_oh + 5 L_ie + MSE(var(z), 1) + MSE(mean(z), 0): category-balanced inference's objective [P, C].
 
-    z (B, d), logits (B, K) = T(M(z)) -> scalar. Statistics are per dimension over the batch; L_ie is in log10, as in
-    PRE-DFKD's generator objective [I].
+    z (B, d), logits (B, K) = T(M(z)) -> scalar. L_ie is in log10; the statistics are per dimension over the batch [C].
     """
     var, mean = torch.var_mean(z, 0)
     L_ie = information_entropy_loss(logits) / math.log(10)
     return one_hot_loss(logits) + 5 * L_ie + ((var - 1) ** 2).mean() + (mean**2).mean()
 
 
-def balanced_latents(z, decoder, teacher, lr):
+def balanced_latents(z, decoder, teacher, lr, train_decoder=False):
     """Category-balanced inference of memory samples: z takes one Adam step on `latent_balance_loss` [P, C].
 
-    z (B, d) ~ N(0, I) -> (B, d), without gradient.
+    z (B, d) ~ N(0, I) -> (B, d), without gradient. `train_decoder` leaves the gradient of the loss, at the z that came
+    in, in the decoder's weights as well: the authors' code does not clear it before the VAE's step [C].
     """
     z = z.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([z], lr)
-    latent_balance_loss(z, teacher(decoder(z))).backward(inputs=[z])
+    moved = [z, *decoder.parameters()] if train_decoder else [z]
+    latent_balance_loss(z, teacher(decoder(z))).backward(inputs=moved)
     optimiser.step()
     return z.detach()
 
 
 class PseudoReplay(nn.Module):
-    """A memory that stores no sample: a VAE is trained on novel images and on its own, and drawn from (PRE-DFKD).
+    """A memory that stores no sample: a VAE learns novel images and its own, and new ones are drawn from it (PRE-DFKD).
 
-    `teacher_term` and `balanced` switch the paper's two ingredients off. The VAE's own rehearsal is balanced as well [I].
-    M draws in train mode, its BatchNorm with the statistics of the batch, as it was trained: in eval mode, images drawn on
-    MNIST had a deviation of 0.1 to 0.5 instead of 1, because under so small a weight of the KL term the latents of
-    images spread wider than N(0, I) [I].
+    `teacher_term` and `balanced` switch the paper's two ingredients off.
+    M is in eval mode for the samples that S sees, and in train mode in the VAE's own step [C].
     """
 
     def __init__(self, vae, lr, latent_lr, teacher_term=True, balanced=True):
@@ -127,27 +140,38 @@ class PseudoReplay(nn.Module):
         return sum(v.nbytes for v in self.vae.state_dict().values())
 
     def recall(self, count, teacher):
-        """x_mem = M(z), z ~ N(0, I) after category-balanced inference: (count, C, H, W), no gradient."""
-        decoder = self.vae.decoder.train()
+        """Memory samples for S, (count, C, H, W), no gradient."""
+        self.vae.eval()
+        return self.draw(count, teacher)
+
+    def draw(self, count, teacher, train_decoder=False):
+        """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's present mode [P, C]."""
+        decoder = self.vae.decoder
         z = torch.randn(count, self.vae.latent_dim, device=decoder.linear.weight.device)
         if self.balanced:
-            z = balanced_latents(z, decoder, teacher, self.latent_lr)
+            z = balanced_latents(z, decoder, teacher, self.latent_lr, train_decoder)
         with torch.no_grad():
             return decoder(z)
 
     def learn(self, novel, teacher, rehearse):
-        """One step of E and M on half of the novel batch and B/8 samples of their own, in the first round without [C]."""
+        """One step of E and M on half of the novel batch and, with `rehearse`, B/8 samples of their own -> L_vae.
+
+        E moves on L_vae. M moves on L_vae plus the balance objective of the rehearsed samples [C].
+        """
+        self.vae.train()
+        self.optimiser.zero_grad()
         x = novel[: (len(novel) + 1) // 2]
         if rehearse:
-            x = torch.cat([x, self.recall(share(novel), teacher)])
-        self.vae.train()
+            x = torch.cat([x, self.draw(share(novel), teacher, train_decoder=True)])
         x_hat, mu, log_var = self.vae(x)
-        L_rec = reconstruction_loss(x, x_hat, teacher(x), teacher(x_hat)) if self.teacher_term else F.l1_loss(x_hat, x)
-        L_vae = L_rec + 1e-5 * kl_divergence(mu, log_var)
-        self.optimiser.zero_grad()
+        if self.teacher_term:
+            L_rec = reconstruction_loss(x, x_hat, teacher(x), teacher(x_hat))
+        else:
+            L_rec = F.l1_loss(x_hat, x)
+        L_vae = vae_loss(L_rec, mu, log_var)
         L_vae.backward()
         self.optimiser.step()
-        return L_vae
+        return L_vae.detach()
 
     def get_extra_state(self):
         return self.optimiser.state_dict()
@@ -157,7 +181,7 @@ class PseudoReplay(nn.Module):
 
 
 def share(novel):
-    """B/8, the number of memory samples beside a batch of B novel ones [C]; at least 2, for the batch statistics."""
+    """B/8, the number of memory samples beside a batch of B novel ones [C]; at least 2, for the batch statistics [I]."""
     return max(2, len(novel) // 8)
 
 
@@ -168,26 +192,34 @@ class Bank(nn.Module):
     """A bounded store of earlier samples: new ones replace old ones at random, draws are uniform.
 
     The straightforward replay that PRE-DFKD argues against, as in its baseline MB-DFKD [P]; what is stored when is our
-    choice [I]. It has the verbs of `PseudoReplay`, so that one line of the loop switches between them.
+    choice [I]. It has the verbs of `PseudoReplay`, so that a loop need not know which of them it has.
     """
 
     def __init__(self, capacity, channels, image_size=32):
         super().__init__()
         self.register_buffer("images", torch.zeros(capacity, channels, image_size, image_size))
-        self.register_buffer("filled", torch.tensor(0))
+        self.filled = 0
 
     def bytes(self):
-        return self.images[: int(self.filled)].nbytes
+        return self.images[: self.filled].nbytes
 
     def recall(self, count, teacher):
-        """`count` stored images, drawn uniformly with replacement."""
-        return self.images[torch.randint(int(self.filled), (count,), device=self.images.device)]
+        """`count` stored images, drawn uniformly with replacement; none from an empty bank."""
+        if not self.filled:
+            return self.images[:0]
+        return self.images[torch.randint(self.filled, (count,), device=self.images.device)]
 
     def learn(self, novel, teacher, rehearse):
-        """Store B/8 novel images: in free places first, then in place of random earlier ones."""
-        filled = int(self.filled)
+        """Store B/8 novel images: in free places first, then in place of random earlier ones. Nothing has a loss here."""
         x = novel[: min(share(novel), len(self.images))]
-        free = torch.arange(filled, min(filled + len(x), len(self.images)), device=x.device)
-        others = torch.randperm(filled, device=x.device)[: len(x) - len(free)]
-        self.images[torch.cat([free, others])] = x.detach()
-        self.filled += len(free)
+        free = min(len(x), len(self.images) - self.filled)
+        places = torch.arange(self.filled, self.filled + free, device=x.device)
+        others = torch.randperm(self.filled, device=x.device)[: len(x) - free]
+        self.images[torch.cat([places, others])] = x.detach()
+        self.filled += free
+
+    def get_extra_state(self):
+        return self.filled
+
+    def set_extra_state(self, filled):
+        self.filled = filled

@@ -391,6 +391,148 @@ def test_unknown_networks_are_refused(name):
         models.build(name)
 
 
+# ---------------------------------------------------------------- the loops, step for step, on the authors' traces
+
+
+TRACES = os.environ.get("DFKD_TRACES")
+traced = pytest.mark.skipif(not TRACES, reason="DFKD_TRACES names no file of the authors' traces")
+AUTHORS_NAMES = {  # of the layers, in the files of traces
+    "l1.0": "linear", "conv_blocks1.0": "conv1", "conv_blocks2.0": "conv2", "conv_blocks2.3": "conv3", "conv_blocks3.0": "conv3",
+}  # fmt: skip
+AUTHORS_ENCODER = {"conv_blocks0.0": "conv1", "conv_blocks1.0": "conv2", "conv_blocks2.0": "conv3", "fc_mu": "mu", "fc_var": "log_var"}
+
+
+class TwoLayers(nn.Module):
+    """f = relu(W1 x), t = W2 f: the teachers and students of the traces."""
+
+    def __init__(self, W1, W2):
+        super().__init__()
+        self.W1, self.W2 = nn.Parameter(W1), nn.Parameter(W2)
+
+    def forward(self, x, return_features=False):
+        f = (x.flatten(1) @ self.W1.T).relu()
+        return (f @ self.W2.T, f) if return_features else f @ self.W2.T
+
+
+class Recorder:
+    """Stands in for dfkd.Run: walks through a loop's rounds and keeps what it logs."""
+
+    def __init__(self):
+        self.logged, self.kept, self.stage = {}, {}, None
+
+    def keep(self, **parts):
+        self.kept = parts
+
+    def log(self, **terms):
+        for name, value in terms.items():
+            if value is not None:
+                self.logged.setdefault((self.stage, name), []).append(value.item())
+
+    def steps(self, stage, count, each=1, evaluate=False):
+        self.stage = stage
+        yield from range(count // each)
+
+
+@pytest.fixture
+def trace(monkeypatch):
+    """trace(method, stages, flags) runs a loop in float64 on the weights and the draws of the file -> what it logs."""
+    held = {k: torch.from_numpy(v).double() for k, v in np.load(TRACES).items()}
+
+    def set_weights(net, prefix, names):
+        for theirs, ours in names.items():
+            weight = held.get(f"{prefix}{theirs}.weight", held.get(f"{prefix}{theirs}.weight_orig"))
+            if weight is None:
+                continue
+            layer = net.get_submodule(ours)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+            layer.weight = weight if hasattr(layer, "parametrizations") else nn.Parameter(weight.clone())
+            if hasattr(layer, "parametrizations"):  # the power iteration starts at the exact singular vectors
+                U, _, V = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+                spectral = layer.parametrizations.weight[0]
+                spectral._u.copy_(U[:, 0])
+                spectral._v.copy_(V[0])
+
+    def run(method, stages, flags):
+        draws = [held[k] for stage in stages for k in sorted(held) if k.startswith(f"{stage}_draw_")]
+
+        def randn(rows, *_, generator=None, device=None):
+            taken = [draws.pop(0)]
+            while sum(map(len, taken)) < rows:  # RDSKD's code draws a batch in two halves
+                taken.append(draws.pop(0))
+            return torch.cat(taken)
+
+        def build_generator(*args, build=dfkd.image_generator, **more):
+            G, _ = build(*args, **more)
+            set_weights(G, f"{method}_G.", AUTHORS_NAMES)
+            return G, models.adam(G, 1e-3)
+
+        def build_memory(*args, build=dfkd.replay_memory):
+            memory = build(*args)
+            if memory:
+                set_weights(memory.vae.decoder, f"{method}_M.", AUTHORS_NAMES)
+                set_weights(memory.vae.encoder, f"{method}_E.", AUTHORS_ENCODER)
+                memory.optimiser = models.adam(memory.vae, 0.02 / 40)
+            return memory
+
+        args = dfkd.parse(f"--method {method} --batch 32 --latent 8 --width 128 --precision fp32 --device cpu --generator-lr 1e-3 "
+                          f"--student-optimiser adam --student-lr 2e-3 --student-decay none {flags}".split())  # fmt: skip
+        W = lambda who: [held.get(f"{who}_{w}", held.get(f"{method}_student_{w}")) for w in ("W1", "W2")]  # noqa: E731
+        teacher, student = TwoLayers(*W(f"{method}_teacher")).requires_grad_(False), TwoLayers(*W(f"{method}_student"))
+        recorder = Recorder()
+        monkeypatch.setattr(torch, "get_default_dtype", torch.get_default_dtype)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "randn", randn)
+                patch.setattr(torch, "randn_like", lambda x: randn(len(x)))
+                patch.setattr(dfkd, "image_generator", build_generator)
+                patch.setattr(dfkd, "replay_memory", build_memory)
+                patch.setattr(dfkd, "EPOCH", 3)
+                dfkd.LOOPS[method](teacher, student, data.INFO["mnist"], args, recorder)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert not draws, "draws that the loop did not make"
+        return held, recorder.logged
+
+    return run
+
+
+def assert_traced(ours, theirs, tolerances):
+    """Relative differences, each part of the list within its tolerance."""
+    theirs = theirs.tolist()
+    assert len(ours) == len(theirs)
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        assert a == pytest.approx(b, rel=tolerances[i * len(tolerances) // len(theirs)]), f"value {i + 1} of {len(theirs)}"
+
+
+@traced
+def test_trace_rdskd(trace):
+    count = {k: len(np.load(TRACES)[f"rdskd_{k}"]) for k in ("generator_L_G", "student_L_kd")}
+    flags = f"--generator-steps {count['generator_L_G']} --steps {count['student_L_kd']} --temperature 10"
+    held, logged = trace("rdskd", ("rdskd_generator", "rdskd_student"), flags)
+    for name in ("L_oh", "L_ie", "L_ds", "L_G"):
+        assert_traced(logged["generator", name], held[f"rdskd_generator_{name}"], [1e-9])
+    assert_traced(logged["student", "L_kd"], held["rdskd_student_L_kd"], [1e-9])
+
+
+@traced
+def test_trace_dafl(trace):
+    flags = f"--steps {len(np.load(TRACES)['dafl_L_kd'])} --student-steps 1 --temperature 1 --loss-weights 1 5 0.1"
+    held, logged = trace("dafl", ("dafl",), flags)
+    for name in ("L_G", "L_kd"):
+        assert_traced(logged["student", name], held[f"dafl_{name}"], [1e-9])
+
+
+@traced
+def test_trace_pre(trace):
+    flags = f"--steps {len(np.load(TRACES)['pre_L_kd'])} --student-steps 5 --loss-weights 1 5 0.1 --latent-lr 0.02"
+    held, logged = trace("pre", ("pre",), f"{flags} --memory-latent 8 --memory-width 128")
+    thirds = [1e-4, 5e-3, 2e-2]
+    for ours, theirs in (("L_G", "generator_L_G"), ("L_js", "generator_L_js"), ("L_kd", "L_kd"), ("L_vae", "memory_L_vae")):
+        assert_traced(logged["student", ours], held[f"pre_{theirs}"], thirds)
+
+
 # ---------------------------------------------------------------- replay
 
 
