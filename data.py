@@ -43,6 +43,7 @@ class Info(NamedTuple):
     mean: tuple
     std: tuple
     mirror: bool = False  # whether an image flipped left to right is as good an example of its class
+    size: int = 32  # of the square images
 
 
 class Data(NamedTuple):

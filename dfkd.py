@@ -17,16 +17,15 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import csv
+import contextlib
+import functools
 import json
 import math
-import re
 import statistics
 import subprocess
 import tempfile
 import textwrap
 import time
-import zlib
 from pathlib import Path
 
 try:
@@ -50,6 +49,7 @@ EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch [C]
 # The first three columns are `--schedule default`: ours, minutes on two CPU cores, found on validation images; for
 # `natural` images, those with three channels, a guess for a GPU. The last two are `--schedule paper`: the authors' own.
 # The marks are those of the paper's columns: [P] text, [C] code, [I] ours, where neither says anything.
+# fmt: off
 COLUMNS = ("glyphs", "mnist", "natural", "paper mnist", "paper natural")
 RDSKD = {
     "batch":             (64, 64, 256, 512, 512),  # [C]
@@ -137,7 +137,7 @@ DEEPINVERSION = {  # the authors' numbers are for CIFAR-10
     "loss_weights":      ((1e-3, 0.0, 10.0),) * 5,  # alpha_tv, alpha_2, alpha_f [C]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # [I]
     "image_batch":       (256, 256, 256, 256, 256),  # [C]
-    "image_steps":       (100, 100, 500, 2000, 2000),  # [C]; ours: 150 leave a third of natural images outside their class
+    "image_steps":       (100, 100, 500, 2000, 2000),  # [C]; 150 leave a third of natural images outside their class
     "image_lr":          (0.1, 0.1, 0.1, 0.1, 0.1),  # [C]
     "ours":              (("smooth", "range", "settle"),) * 3 + ((), ()),
     "temperature":       (20.0, 20.0, 20.0, 20.0, 20.0),  # [I], and all below
@@ -156,18 +156,20 @@ CONTROL = {  # noise and kd, all of it ours [I]
     "student_decay":     ("cycle", "cycle", "cycle", "cycle", "cycle"),
 }
 SCHEDULES = {
-    "rdskd": REPLAY | RDSKD, "pre": REPLAY | PRE, "soft-target": SOFT_TARGET, "dafl": REPLAY | DAFL, "mskd": REPLAY | DAFL,
-    "zskd": ZSKD, "deepinversion": DEEPINVERSION, "noise": CONTROL, "kd": CONTROL,
-}  # fmt: skip
+    "rdskd": REPLAY | RDSKD, "pre": REPLAY | PRE, "soft-target": SOFT_TARGET, "dafl": REPLAY | DAFL,
+    "mskd": REPLAY | DAFL, "zskd": ZSKD, "deepinversion": DEEPINVERSION, "noise": CONTROL, "kd": CONTROL,
+}
 
 TEACHERS = {
     "glyphs": "lenet5", "mnist": "lenet5", "fashion-mnist": "lenet5", "svhn": "wrn-40-2", "cifar10": "resnet34",
     "cifar100": "resnet34",
-}  # fmt: skip
+}
 STUDENTS = {
-    "lenet5": "lenet5_half", "alexnet": "alexnet_half", "resnet34": "resnet18", "wrn-40-2": "wrn-16-1", "wrn-16-2": "wrn-16-1",
-}  # fmt: skip
+    "lenet5": "lenet5_half", "alexnet": "alexnet_half", "resnet34": "resnet18", "wrn-40-2": "wrn-16-1",
+    "wrn-16-2": "wrn-16-1",
+}
 TEACHER_EPOCHS = {"glyphs": 4, "mnist": 10, "fashion-mnist": 15, "svhn": 15, "cifar10": 30, "cifar100": 40}
+# fmt: on
 CERTAINTY = 0.2  # of the teacher about soft-target synthesis's features, L_oh in nats: what decides sigma [I]
 
 
@@ -188,8 +190,8 @@ def rdskd(teacher, student, info, args, run):
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
     reference = torch.zeros(2, device=args.device)  # L_oh', L_ie' [C]
-    run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory,
-             reference=reference)  # fmt: skip
+    parts = dict(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
+    run.keep(**parts, reference=reference)
     run.samples = lambda: sampled(G, args)
 
     for step in run.steps("generator", args.generator_steps):
@@ -284,8 +286,8 @@ def pre(teacher, student, info, args, run):
         L_js = generators.js_disagreement_loss(student(x), t)
         L_G = generators.dafl_loss(t, f, a, b, c) + L_js
         minimise(L_G, optimiser_G)
-        run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=generators.information_entropy_loss(t),
-                L_a=generators.activation_loss(f), L_js=L_js)  # fmt: skip
+        run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=generators.information_entropy_loss(t))
+        run.log(L_a=generators.activation_loss(f), L_js=L_js)
 
         for step in range(args.student_steps):
             novel = fresh_images(G, B, d)
@@ -309,10 +311,10 @@ def soft_target(teacher, student, info, args, run):
         y = generators.soft_labels(linear.weight, rest, sigma, tau, count)
 
         def objective(x):
-            t, f = teacher(moved(x, info, args), return_features=True)
+            t, f = teacher(x, return_features=True)
             return scale * generators.soft_target_loss(t, y, tau) + lambda_a * generators.activation_loss(f)
 
-        x, L = optimised(objective, lambda: torch.randn(count, info.channels, 32, 32), None, count, info, args, run)
+        x, L = optimised(objective, count, info, args, run)
         return x, y, y.argmax(1), L
 
     transfer_set(make_images, teacher, student, info, args, run)
@@ -321,7 +323,6 @@ def soft_target(teacher, student, info, args, run):
 def zskd(teacher, student, info, args, run):
     """ZSKD [C]: soft labels from a Dirichlet distribution for each class, then images that have these labels."""
     tau, weight = args.temperature, teacher.classifier.weight
-    mean, std = data.mean_and_std(info, args.device)
     scale = tau**2 if "scale" in args.ours else 1.0
 
     def make_images(first, count):
@@ -329,12 +330,9 @@ def zskd(teacher, student, info, args, run):
         y = generators.dirichlet_targets(weight, k)
 
         def objective(x):
-            return scale * generators.soft_target_loss(teacher(moved(x, info, args)), y, tau)
+            return scale * generators.soft_target_loss(teacher(x), y, tau)
 
-        def start():
-            return (torch.rand(count, info.channels, 32, 32).to(args.device) - mean) / std
-
-        x, L = optimised(objective, start, lambda x: generators.rescaled(x, mean, std), count, info, args, run)
+        x, L = optimised(objective, count, info, args, run, in_pixels=True)
         return x, y, k, L
 
     transfer_set(make_images, teacher, student, info, args, run)
@@ -354,7 +352,7 @@ def deepinversion(teacher, student, info, args, run):
                 x = generators.rolled(x)
                 return generators.deepinversion_loss(x, teacher(x), y, inputs, *args.loss_weights)
 
-            x, L = optimised(objective, lambda: torch.randn(count, info.channels, 32, 32), None, count, info, args, run)
+            x, L = optimised(objective, count, info, args, run)
         return x, torch.nn.functional.one_hot(y, info.classes).float(), y, L
 
     transfer_set(make_images, teacher, student, info, args, run)
@@ -377,14 +375,14 @@ def transfer_set(make_images, teacher, student, info, args, run):
         first = turn * args.image_batch
         x, y, intended, L = make_images(first, min(args.image_batch, args.images - first))
         run.log(L_image=L, **label_shares(teacher(x), y, intended))
-        batch = dict(images=x.half(), targets=y, intended=intended)
-        data.save(folder / f"{first}.pt", {k: v.cpu() for k, v in batch.items()})
+        data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
     run.samples = None  # the picture is there
     batches = [stored_batch(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
-    images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "targets", "intended"))
+    images, y, intended = (torch.cat(parts).to(args.device) for parts in zip(*batches))
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])
-    run.facts.update(images=len(images), bytes=images.nbytes, **{k: v.item() for k, v in label_shares(t, y, intended).items()})
+    shares = {name: share.item() for name, share in label_shares(t, y, intended).items()}
+    run.facts.update(images=len(images), bytes=images.nbytes, **shares)
     for _ in run.steps("student", args.steps, evaluate=True):
         index = torch.randint(len(images), (args.batch,), device=args.device)
         x = generators.augmented(images[index].float(), info.mirror)
@@ -395,7 +393,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
 
 def noise(teacher, student, info, args, run):
     """The lower bound: S learns from T's outputs on Gaussian images."""
-    on_images(lambda: torch.randn(args.batch, info.channels, 32, 32, device=args.device), teacher, student, args, run)
+    shape = (args.batch, info.channels, info.size, info.size)
+    on_images(lambda: torch.randn(shape, device=args.device), teacher, student, args, run)
 
 
 def on_images(draw, teacher, student, args, run):
@@ -419,7 +418,7 @@ LOOPS = {
 
 def image_generator(info, args, spectral_norm=False, bound=None):
     """G and its optimiser."""
-    G = generators.Generator(args.latent, info.channels, 32, args.width, spectral_norm, bound)
+    G = generators.Generator(args.latent, info.channels, info.size, args.width, spectral_norm, bound)
     G.bf16 = args.precision == "bf16"
     G.to(args.device, memory_format=torch.channels_last)
     return G, models.adam(G, args.generator_lr)
@@ -444,9 +443,9 @@ def sampled(G, args):
 def replay_memory(info, args):
     """What --replay asks for: a module with `learn` and `recall`, or None."""
     if args.replay == "bank":
-        return replay.Bank(args.bank_size, info.channels).to(args.device)
+        return replay.Bank(args.bank_size, info.channels, info.size).to(args.device)
     if args.replay == "vae":
-        vae = replay.VAE(args.memory_latent, info.channels, 32, args.memory_width)
+        vae = replay.VAE(args.memory_latent, info.channels, info.size, args.memory_width)
         vae.encoder.bf16 = vae.decoder.bf16 = args.precision == "bf16"
         vae.to(args.device, memory_format=torch.channels_last)
         return replay.PseudoReplay(vae, args.memory_lr, args.latent_lr, args.teacher_term, args.balanced)
@@ -454,7 +453,7 @@ def replay_memory(info, args):
 
 
 def student_optimiser(student, args):
-    """Adam or SGD for S, and its learning rate over the steps: constant, a half cosine down to 0, one cycle, or in drops.
+    """Adam or SGD for S, and its rate over the steps: constant, a half cosine down to 0, one cycle, or in drops.
 
     The cycle warms up, which matters for networks without BatchNorm: at RDSKD's default rate of 0.01, two fifths of the
     units of LeNet-5-half's last convolution die without it, one fifth with it. torch's cycle moves the momentum (Adam:
@@ -484,7 +483,7 @@ def minimise(loss, optimiser, decay=None):
 
 
 def feature_model(teacher, args):
-    """The layer that soft-target synthesis models, and the sigma of its outputs: --layer and --sigma, `auto` decided."""
+    """The layer that soft-target synthesis models and the sigma of its outputs, `auto` decided."""
     layer = args.layer
     if layer == "auto":
         layer = "fc2" if isinstance(teacher, (models.LeNet5, models.AlexNet)) else "logits"
@@ -499,46 +498,58 @@ def feature_model(teacher, args):
     return layer, sigma
 
 
-def moved(x, info, args):
-    """Images as T sees them during the synthesis: augmented where --ours says so, so that they keep their labels for S."""
-    return generators.augmented(x, info.mirror) if "augment" in args.ours else x
+def optimised(objective, count, info, args, run, in_pixels=False):
+    """x* = argmin objective(x) by Adam, from Gaussian noise -> x*, the objective's last value.
 
-
-def optimised(objective, start, constrain, count, info, args, run):
-    """x* = argmin objective(x) by Adam -> x*, the last objective. `start` and `constrain` are the method's own.
-
-    What --ours names replaces them or is added, all of it ours [I]. `smooth`: begin with weak smooth noise. `range`: keep
-    the images within the range of pixels. `settle`: end early. `augment` and `scale` (CE times tau^2, so that its
-    gradient does not vanish beside lambda_a L_a) are in the objective.
+    `in_pixels`: from noise U[0, 1], and min-max rescaled to [0, 1] before every step, in the range of pixels [C: ZSKD].
+    What --ours adds or puts in their place [I]: `smooth`, a beginning in weak smooth noise; `range`, images kept in the
+    range of pixels; `settle`, an early end; `augment`, objective(augmented x), so that images keep their labels when S
+    sees them augmented. `scale` is in the objectives: CE times tau^2, so that it counts beside lambda_a L_a.
     """
     mean, std = data.mean_and_std(info, args.device)
-    x = generators.smooth_noise(count, info.channels) if "smooth" in args.ours else start()
+    shape, constrain = (count, info.channels, info.size, info.size), None
+    if "smooth" in args.ours:
+        x = generators.smooth_noise(count, info.channels, info.size).to(args.device)
+    elif in_pixels:
+        x = (torch.rand(shape, device=args.device) - mean) / std
+    else:
+        x = torch.randn(shape, device=args.device)
     if "range" in args.ours:
-        constrain = lambda x: x.clamp(-mean / std, (1 - mean) / std)  # noqa: E731
+        constrain = functools.partial(torch.clamp, min=-mean / std, max=(1 - mean) / std)
+    elif in_pixels:
+        constrain = functools.partial(generators.rescaled, mean=mean, std=std)
+
+    def seen(x):
+        return objective(generators.augmented(x, info.mirror) if "augment" in args.ours else x)
+
+    def report(step, L):
+        run.tell(f"step {step}/{args.image_steps}  L_image {L:.4g}")
+
     settle = 0.01 if "settle" in args.ours else 0.0
-    report = lambda step, L: run.tell(f"step {step}/{args.image_steps}  L_image {L:.4g}")  # noqa: E731
-    return generators.synthesise(objective, x.to(args.device), args.image_steps, args.image_lr, constrain, settle, report)
+    return generators.synthesise(seen, x, args.image_steps, args.image_lr, constrain, settle, report)
 
 
 def label_shares(t, y, intended):
-    """Shares: of images that T puts into their label's top class, and of labels whose top class is not the intended one."""
+    """Shares: of images that T puts into their label's top class; of labels whose top class is not the intended one."""
     top = y.argmax(1)
     return dict(agreement=(t.argmax(1) == top).float().mean(), strayed=(top != intended).float().mean())
 
 
 def stored_batch(path):
+    """Images, soft labels, intended classes of one file of a transfer set."""
     if not path.exists():
         raise RunError(f"{path}: this part of the transfer set is gone; begin again in another folder, with --out")
-    return data.load_tensors(path)
+    stored = data.load_tensors(path)
+    return stored["images"], stored["labels"], stored["intended"]
 
 
-# ---------------------------------------------------------------- the run's record: progress, evaluation, checkpoint, result
+# ---------------------------------------------------------------- the run's record
 
 FILES = ("result.json", "metrics.csv", "samples.png", "student.pt", "checkpoint.pt", "transfer")
 
 
 class Run:
-    """What a run leaves in its folder. A loop calls `keep` once, walks through `steps`, and notes its losses with `log`."""
+    """Progress, evaluations, checkpoints, the result. A loop calls `keep` once, walks through `steps`, calls `log`."""
 
     def __init__(self, args, settings, info, evaluate):
         self.args, self.settings, self.info, self.evaluate = args, settings, info, evaluate
@@ -561,15 +572,15 @@ class Run:
             print(f"{self.out}: began with commit {before} of this program, goes on with {self.commit}")
 
     def foreign(self):
-        return RunError(f"{self.out}/checkpoint.pt: not a checkpoint of this version's; begin again in another folder, with --out")
+        return RunError(f"{self.out}/checkpoint.pt: not written by this version; begin elsewhere, with --out DIR")
 
     def check_settings(self, before):
-        for key, value in {**before, **self.settings}.items():
-            if key not in before or key not in self.settings or before[key] != value:
-                if key == "teacher_crc":
-                    raise RunError(f"{self.out}: began with another teacher; give the same to resume")
-                raise RunError(f"{self.out}: began with {flag(key)} {before.get(key)}, now {self.settings.get(key)}; "
-                               f"give the same to resume")  # fmt: skip
+        now = self.settings
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                what = f"{flag(key)} {before.get(key)}, now {now.get(key)}"
+                what = "another teacher" if key == "teacher_crc" else what
+                raise RunError(f"{self.out}: began with {what}; give the same to resume")
 
     def keep(self, **parts):
         """Name what a checkpoint must hold: tensors, and all that has a state_dict. A resumed run gets it back here."""
@@ -634,10 +645,10 @@ class Run:
             values = torch.stack([value for _, value in noted]).cpu()
             bad = (~values.isfinite()).nonzero()
             if len(bad):
-                turn = noted[bad[0]][0]
+                turn, value = noted[bad[0]]
                 where = f"step {turn + 1}" if each == 1 else f"steps {turn * each + 1} to {(turn + 1) * each}"
-                raise RunError(f"{name} became {values[bad[0]].item():.3g} at {stage} {where}; try a lower learning rate"
-                               f"{'; the last good checkpoint is kept' if self.done else ''}")  # fmt: skip
+                kept = "; the last good checkpoint is kept" if self.done else ""
+                raise RunError(f"{name} became {value:.3g} at {stage} {where}; try a lower learning rate{kept}")
             means[name] = values.double().mean().item()
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
@@ -646,11 +657,10 @@ class Run:
         data.write(self.out / "metrics.csv", data.csv_rows(self.rows))
         if self.samples:
             data.write(self.out / "samples.png", self.picture())
-        parts = {name: part if isinstance(part, torch.Tensor) else part.state_dict() for name, part in self.kept.items()}
-        data.save(self.out / "checkpoint.pt", dict(
-            settings=self.settings, done=self.done, rows=self.rows, seconds=self.seconds(), commit=self.commit, parts=parts,
-            random=models.random_state(self.args.device),
-        ))  # fmt: skip
+        checkpoint = dict(settings=self.settings, done=self.done, rows=self.rows, seconds=self.seconds())
+        checkpoint.update(commit=self.commit, random=models.random_state(self.args.device))
+        checkpoint["parts"] = {k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.kept.items()}
+        data.save(self.out / "checkpoint.pt", checkpoint)
         return means if accuracy is None else dict(accuracy=accuracy, **means)
 
     def seconds(self):
@@ -670,34 +680,32 @@ class Run:
             accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
-            replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None, seconds=round(self.seconds(), 1),
-            args=self.settings, torch_version=torch.__version__, git_commit=self.commit,
+            replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None,
+            seconds=round(self.seconds(), 1), args=self.settings, torch_version=torch.__version__,
+            git_commit=self.commit,
         )  # fmt: skip
         data.save(self.out / "student.pt", {k: v.cpu() for k, v in self.kept["S"].state_dict().items()})
         data.write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
 
 
-def claim(out, resume):
-    """Make the run's folder, see that it can be written, and hold it: two runs at once would mix their files.
-
-    The folder is held until the returned file descriptor is closed, at the latest when the process ends.
-    """
+@contextlib.contextmanager
+def claimed(out, resume):
+    """Make the run's folder, see that it can be written, and hold it: two runs at once would mix their files."""
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
-    held = None
-    if fcntl:
-        held = os.open(out, os.O_RDONLY)
-        try:
+    held = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not resume and any((out / name).exists() for name in FILES):
+            raise RunError(f"{out}: holds an earlier run; --resume goes on with it, --out DIR begins elsewhere")
+        yield
+    except BlockingIOError:
+        raise RunError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
+    finally:
+        if fcntl:
             os.close(held)
-            raise RunError(f"{out}: another run is at work there; name another folder with --out") from None
-    if not resume and any((out / name).exists() for name in FILES):
-        if held is not None:
-            os.close(held)
-        raise RunError(f"{out}: holds an earlier run; --resume goes on with it, --out DIR begins elsewhere")
-    return held
 
 
 def show(line, keep):
@@ -714,54 +722,6 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-# ---------------------------------------------------------------- finished runs: a table, a picture
-
-FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes", "seconds")
-
-
-def finished(folder):
-    """A run's result and its curve, [(step, accuracy), ...]."""
-    try:
-        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines(), strict=True))
-        curve = [(int(row["step"]), float(row["accuracy"])) for row in rows if row["accuracy"]]
-        result = json.loads((folder / "result.json").read_text())
-        figures = {key: float(result[key]) for key in FIGURES if curve}
-        whole = all(None not in row.values() and None not in row for row in rows)
-    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error):
-        raise RunError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
-    if not curve:
-        raise RunError(f"{folder}: the run was not evaluated, it has no accuracies")
-    if not whole or not all(0 <= a <= 100 and step >= 0 for step, a in curve) or not all(map(math.isfinite, figures.values())):
-        raise RunError(f"{folder}: metrics.csv or result.json is damaged")
-    return figures, curve
-
-
-def without_seed(folder):
-    return re.sub(r"-\d+$", "", Path(folder).name)
-
-
-def results_table(folders):
-    """A Markdown table with a row for each group of runs that differ only in the seed; figures as PRE-DFKD reports them."""
-    groups = {}
-    for folder in map(Path, folders):
-        groups.setdefault(without_seed(folder), []).append(finished(folder))
-    lines = ["| run | teacher | student | seeds | maximum | μ | σ² | μ, second half | σ², second half | replay kB | minutes |", "|---" * 11 + "|"]
-    for name, runs in groups.items():
-        last = [figures["accuracy_last"] for figures, _ in runs]
-        halves = [[a for _, a in curve[len(curve) // 2 :]] for _, curve in runs]
-
-        def mean(key, scale=1.0):
-            return statistics.fmean(figures[key] for figures, _ in runs) / scale
-
-        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
-        cells = [name, f"{mean('teacher_accuracy'):.2f}", f"{statistics.fmean(last):.2f}{spread}", ", ".join(f"{v:.2f}" for v in last),
-                 f"{mean('accuracy_max'):.2f}", f"{mean('accuracy_mean'):.2f}", f"{mean('accuracy_variance'):.2f}",
-                 f"{statistics.fmean(map(statistics.fmean, halves)):.2f}", f"{statistics.fmean(map(statistics.pvariance, halves)):.3f}",
-                 f"{mean('replay_bytes', 1000):.0f}", f"{mean('seconds', 60):.1f}"]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the command line
@@ -803,48 +763,50 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     top = Parser(
-        prog="dfkd.py", allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 30, 120),
+        prog="dfkd.py", allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 28, 120),
         usage="dfkd.py [--method METHOD] [--dataset NAME] [FLAGS]",
         description="Distil a trained teacher into a smaller student without the data it was trained on.",
         epilog="A run prints its schedule first. All schedules stand at the top of dfkd.py.",
     )  # fmt: skip
     switch = argparse.BooleanOptionalAction
+
     add = top.add_argument_group("what to distil").add_argument
-    add("--method", choices=(*LOOPS, "kd"), default="rdskd", metavar="METHOD", help=f"{', '.join(LOOPS)}, kd (default: rdskd)")
+    methods = [*LOOPS, "kd"]
+    add("--method", choices=methods, default="rdskd", metavar="NAME", help=f"{', '.join(methods)} (default: rdskd)")
     add("--dataset", choices=data.INFO, metavar="NAME", help=f"{', '.join(data.INFO)} (default: glyphs, drawn here)")
     add("--data-dir", default="datasets", metavar="DIR", help="folder with a folder per data set; downloads go there")
     add("--teacher", metavar="FILE", help="the teacher's state dict; without it, one is trained and kept")
     add("--teacher-arch", metavar="NAME", help=f"{', '.join(models.NAMES)}, any wrn-D-K")
     add("--student-arch", metavar="NAME", help="the student's network (default: the papers' for this teacher)")
-    add("--num-classes", type=integer(2), metavar="K", help="a teacher of your own, pixels normalised with 0.5 and 0.25: classes")
-    add("--channels", type=integer(1), metavar="C", help="and the channels of its images (default: 3)")
+    add("--num-classes", type=integer(2), metavar="K", help="a teacher without a data set: its classes")
+    add("--channels", type=integer(1), metavar="C", help="and its channels; pixels are normalised with 0.5 and 0.25")
     add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
 
     add = top.add_argument_group("schedule").add_argument
-    add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU, or the authors' own")
+    add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU; the authors' own")
     add("--steps", type=integer(1), metavar="N", help="steps of the student, rounded up to whole rounds")
-    add("--student-steps", type=integer(1), metavar="N", help="steps of the student for each of the generator (dafl, mskd, pre)")
-    add("--generator-steps", type=integer(1), metavar="N", help="steps of the generator before the student's first (rdskd)")
+    add("--student-steps", type=integer(1), metavar="N", help="of the student for each of G: a round (dafl, mskd, pre)")
+    add("--generator-steps", type=integer(1), metavar="N", help="steps of G before the student's first (rdskd)")
     add("--batch", type=integer(2), metavar="N", help="images per step")
     add("--latent", type=integer(1), metavar="D", help="dimension of the generator's latents z")
-    add("--width", type=integer(2), metavar="N", help="channels of the generator's first convolution; the second has half")
+    add("--width", type=integer(2), metavar="N", help="channels of G's first convolution; the second has half")
     add("--generator-lr", type=number(), metavar="LR", help="learning rate of the generator")
     add("--student-lr", type=number(), metavar="LR", help="learning rate of the student")
     add("--student-optimiser", choices=("adam", "sgd"), help="sgd: momentum 0.9, weight decay 5e-4")
-    add("--student-decay", choices=("none", "cosine", "cycle", "drops"), help="of the student's rate: constant, a cosine to 0, "
+    add("--student-decay", choices=("none", "cosine", "cycle", "drops"), help="of its rate: none, a cosine to 0, "
         f"15 %% up and then down, a tenth from steps {800 * EPOCH} and {1600 * EPOCH} on")  # fmt: skip
     add("--decay-every", type=integer(1), metavar="N", help="student steps between moves of pre's cosine")
-    add("--temperature", type=number(), metavar="TAU", help="of the distillation loss; pre has none")
-    add("--loss-weights", type=number(zero=True), nargs="+", metavar="A", help="dafl, pre: of L_oh, L_ie, L_a; mskd: L_ms for L_a; "
-        "soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
+    add("--temperature", type=number(), metavar="TAU", help="of the distillation loss (pre has none)")
+    add("--loss-weights", type=number(zero=True), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: L_ms "
+        "for L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
     add("--images", type=integer(8), metavar="N", help="images of the transfer set (soft-target, zskd, deepinversion)")
     add("--image-batch", type=integer(8), metavar="N", help="images that are optimised together")
     add("--image-steps", type=integer(1), metavar="N", help="steps of an image at most")
     add("--image-lr", type=number(), metavar="LR", help="learning rate of the images")
-    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions to the images' synthesis: {' '.join(OURS)}")
-    add("--layer", choices=("auto", "fc2", "logits"), help="whose outputs soft-target models (auto: fc2 where there is one)")
-    add("--sigma", type=number(auto=True), metavar="SIGMA", help=f"their deviation (auto: where the teacher's L_oh is {CERTAINTY})")
-    add("--eval-every", type=integer(1), metavar="N", help="student steps between evaluations, which are also checkpoints")
+    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions to their synthesis: {' '.join(OURS)}")
+    add("--layer", choices=("auto", "fc2", "logits"), help="whose outputs soft-target models")
+    add("--sigma", type=number(auto=True), metavar="SIGMA", help=f"their deviation (auto: L_oh is {CERTAINTY} there)")
+    add("--eval-every", type=integer(1), metavar="N", help="student steps between evaluations and checkpoints")
 
     add = top.add_argument_group("replay, for methods with a generator").add_argument
     add("--replay", choices=("none", "vae", "bank"), help="what brings earlier samples back")
@@ -866,65 +828,65 @@ def parser():
     add("--out", metavar="DIR", help="folder for the results (default: runs/DATASET-METHOD-SEED)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of large networks; auto: bf16 if the processor has it")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 if the processor has it")
     add("--threads", type=integer(1), metavar="N", help="CPU threads; results depend on them in the last bits")
 
     add = top.add_argument_group("finished runs: distil nothing").add_argument
     add("--plot", nargs="+", metavar="RUN", help="draw the accuracies of runs into --out (default: curves.svg)")
-    add("--table", nargs="+", metavar="RUN", help="print a row for each group of runs that differ in the seed, the end of their names")
+    add("--table", nargs="+", metavar="RUN", help="print a row for each group of runs that differ in the seed")
     return top
 
 
 def parse(argv):
-    """The arguments, with the schedule's numbers filled in and everything `auto` decided but for --layer and --sigma."""
+    """The arguments, with the schedule's numbers filled in and `auto` decided, but for --layer and --sigma."""
     top = parser()
     args = top.parse_args(argv)
     if args.plot or args.table:
         return args
-    name_data(args, top)
-    name_networks(args, top)
-    fill_schedule(args, top)
+    name_data(args, top.error)
+    name_networks(args, top.error)
+    fill_schedule(args, top.error)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
         top.error("--device cuda: torch sees no GPU here")
     if args.precision == "auto":
-        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
+        args.precision = "bf16" if models.fast_bf16(args.device) else "fp32"
     args.threads = args.threads or torch.get_num_threads()
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     return args
 
 
-def name_data(args, top):
-    """The data set, or `own` for somebody's own teacher."""
+def name_data(args, error):
+    """The data set by name, or `own` for somebody's own teacher."""
     if args.num_classes or args.channels:
         if not args.teacher or not args.teacher_arch:
-            top.error("--num-classes and --channels describe a teacher of your own: give --teacher FILE and --teacher-arch NAME")
+            error("--num-classes and --channels describe your own teacher: give --teacher FILE and --teacher-arch NAME")
         if args.dataset or args.method == "kd":
-            top.error("--num-classes and --channels are for a teacher without a data set: no --dataset, no --method kd")
+            error("--num-classes and --channels are for a teacher without a data set: no --dataset, no --method kd")
         args.dataset, args.no_eval = "own", True
         args.num_classes, args.channels = args.num_classes or 10, args.channels or 3
     args.dataset = args.dataset or "glyphs"
     if args.no_eval and not args.teacher:
-        top.error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
+        error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
     if args.no_eval and args.method == "kd":
-        top.error("--method kd distils on real images, --no-eval touches none")
+        error("--method kd distils on real images, --no-eval touches none")
     if args.teacher and not Path(args.teacher).is_file():
-        top.error(f"--teacher {args.teacher}: no file there")
+        error(f"--teacher {args.teacher}: no file there")
     args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS.get(args.dataset)
 
 
-def name_networks(args, top):
+def name_networks(args, error):
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
     args.student_arch = args.student_arch or STUDENTS.get(args.teacher_arch)
     if not args.student_arch:
-        top.error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
+        error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
     for arch in (args.teacher_arch, args.student_arch):
         try:
             with torch.device("meta"):
                 models.build(arch)
-        except ValueError as error:
-            top.error(str(error))
+        except ValueError as problem:
+            error(str(problem))
 
 
 def data_info(args):
@@ -936,18 +898,18 @@ def data_info(args):
 
 def scheduled(args):
     """The numbers of this method's schedule for this data."""
-    kind = "natural" if data_info(args).channels == 3 else "mnist"
+    column = "natural" if data_info(args).channels == 3 else "mnist"
     if args.schedule == "paper":
-        kind = f"paper {kind}"
+        column = f"paper {column}"
     elif args.dataset == "glyphs":
-        kind = "glyphs"
-    numbers = {key: values[COLUMNS.index(kind)] for key, values in SCHEDULES[args.method].items()}
+        column = "glyphs"
+    numbers = {key: values[COLUMNS.index(column)] for key, values in SCHEDULES[args.method].items()}
     if (args.method, args.schedule, args.dataset) == ("rdskd", "paper", "svhn"):
         numbers["student_decay"] = "none"  # [C]
     return numbers
 
 
-def fill_schedule(args, top):
+def fill_schedule(args, error):
     """Fill in what was not given; refuse flags that mean nothing to the method."""
     numbers = scheduled(args)
     for key in dict.fromkeys(key for schedule in SCHEDULES.values() for key in schedule):
@@ -958,30 +920,20 @@ def fill_schedule(args, top):
         given = flag(f"no_{key}" if value is False else key)
         kind = "bank" if key == "bank_size" else "vae"
         if key not in numbers and key != "eval_every":
-            top.error(f"{given} means nothing to --method {args.method}")
+            error(f"{given} means nothing to --method {args.method}")
         if key in REPLAY and key != "replay" and (args.replay or numbers["replay"]) != kind:
-            top.error(f"{given} means nothing without --replay {kind}")
+            error(f"{given} means nothing without --replay {kind}")
     if args.loss_weights:
         args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
         if len(args.loss_weights) != len(usual):
-            top.error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
-    if args.ours is not None:
+            error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
+    if args.ours:
         args.ours = tuple(args.ours)
     if args.sigma not in (None, "auto") and not 1e-6 < args.sigma < 1e6:
-        top.error(f"--sigma {args.sigma:g}: not between 1e-6 and 1e6")
+        error(f"--sigma {args.sigma:g}: not between 1e-6 and 1e6")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
     args.eval_every = each * max(1, (args.eval_every or args.steps // 25) // each)
-
-
-def fast_bf16(device):
-    """Whether the processor multiplies bfloat16 matrices in hardware; elsewhere bf16 is slower than float32."""
-    if device == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 # ---------------------------------------------------------------- one whole run
@@ -994,37 +946,34 @@ def distil(args):
     """One whole run: data for teacher and evaluation, teacher, distillation, results."""
     set_up_torch(args)
     out, info = Path(args.out), data_info(args)
-    held = claim(out, args.resume)
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}")  # fmt: skip
     print(schedule_text(args), flush=True)
-    real = None if args.no_eval else data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
-    teacher = get_teacher(args, info, real)
-    torch.manual_seed(args.seed)
-    student = models.on_device(args.student_arch, info, args.device, args.precision)
+    with claimed(out, args.resume):
+        real = None if args.no_eval else data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
+        teacher = get_teacher(args, info, real)
+        torch.manual_seed(args.seed)
+        student = models.on_device(args.student_arch, info, args.device, args.precision)
 
-    def evaluate(net):
-        return None if real is None else models.accuracy(net, real.test_images, real.test_labels, info)
+        def evaluate(net):
+            return None if real is None else models.accuracy(net, real.test_images, real.test_labels, info)
 
-    teacher_accuracy = evaluate(teacher)
-    settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
-    settings["teacher_crc"] = zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values()))
-    run = Run(args, settings, info, lambda: evaluate(student))
-    try:
-        if args.method == "kd":
-            on_images(real_images(real, info, args), teacher, student, args, run)
-        else:
-            LOOPS[args.method](teacher, student, info, args, run)
-        summary(run.finish(teacher_accuracy), out)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.done else "") from None
-    finally:
-        if held is not None:
-            os.close(held)
+        teacher_accuracy = evaluate(teacher)
+        settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
+        settings["teacher_crc"] = models.crc(teacher)
+        run = Run(args, settings, info, lambda: evaluate(student))
+        try:
+            if args.method == "kd":
+                on_images(real_images(real, info, args), teacher, student, args, run)
+            else:
+                LOOPS[args.method](teacher, student, info, args, run)
+            summary(run.finish(teacher_accuracy), out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.done else "") from None
 
 
 def set_up_torch(args):
-    """Everything of torch that is the same for a whole process, and the note on busy cores."""
+    """What is the same for the whole process."""
     torch.set_num_threads(args.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -1034,39 +983,26 @@ def set_up_torch(args):
 
 def schedule_text(args):
     """The numbers of the run, as flags."""
-    lines = []
+    flags = []
     for key in SCHEDULES[args.method]:
         value = getattr(args, key)
         if key in REPLAY and key != "replay" and args.replay != ("bank" if key == "bank_size" else "vae"):
             continue
         if isinstance(value, bool):
-            lines.append(flag(key if value else f"no_{key}"))
+            flags.append(flag(key if value else f"no_{key}"))
         else:
-            lines.append(f"{flag(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".strip())
-    return textwrap.fill("  ".join(lines), 110, initial_indent="schedule   ", subsequent_indent=" " * 11, break_on_hyphens=False)
+            flags.append(f"{flag(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".strip())
+    lines = textwrap.wrap("  ".join(flags), 105, break_on_hyphens=False)
+    return "schedule   " + "\n           ".join(lines)
 
 
 def get_teacher(args, info, real):
-    """The teacher of --teacher FILE; else the one saved for these settings before; else a new one, saved."""
+    """The teacher of --teacher FILE; else the one trained here before with the same settings; else a new one."""
     if args.teacher:
         return models.load(Path(args.teacher), args.teacher_arch, info, args.device, args.precision)
-    settings = dict(
-        dataset=args.dataset, data=zlib.crc32(real.train_images.cpu().numpy()), arch=args.teacher_arch,
-        epochs=args.teacher_epochs, lr=models.teacher_lr(args.teacher_arch), batch=models.TEACHER_BATCH, seed=args.teacher_seed,
-        precision=args.precision, device=torch.device(args.device).type, threads=args.threads,
-    )  # fmt: skip
-    digest = zlib.crc32(json.dumps(settings).encode())
-    path = Path(args.teacher_dir) / f"{args.dataset}-{args.teacher_arch}-{digest:08x}.pt"
-    if path.exists():
-        print(f"teacher    {args.teacher_arch}, trained before: {path}")
-        return models.load(path, args.teacher_arch, info, args.device, args.precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    teacher = models.train(args.teacher_arch, real, info, args.teacher_epochs, args.teacher_seed, args.precision,
-                           path.with_suffix(".training"), show)  # fmt: skip
-    data.save(path, {k: v.cpu() for k, v in teacher.state_dict().items()})
-    path.with_suffix(".training").unlink(missing_ok=True)
-    print(f"teacher    {args.teacher_arch}, saved for later runs: {path}")
-    return teacher
+    folder = Path(args.teacher_dir)
+    return models.trained(folder, args.dataset, args.teacher_arch, real, info, args.teacher_epochs, args.teacher_seed,
+                          args.precision, show)  # fmt: skip
 
 
 def real_images(real, info, args):
@@ -1090,10 +1026,12 @@ def summary(result, out):
               f"variance {result['accuracy_variance']:.2f}, maximum {result['accuracy_max']:.2f} %")  # fmt: skip
     made = result["transfer_set"]
     if made:
-        print(f"images   {made['images']}: the teacher puts {100 * made['agreement']:.1f} % of them into their label's top class")
-        if made["strayed"]:
-            print(f"         {100 * made['strayed']:.1f} % of the labels favour another class than the one they were drawn for")
-    print(f"time     {models.clock(result['seconds'])} for the distillation; memory {peak_memory(result['args']['device'])} at the peak")
+        agreement, strayed = 100 * made["agreement"], 100 * made["strayed"]
+        print(f"images   {made['images']}: the teacher puts {agreement:.1f} % of them into their label's top class")
+        if strayed:
+            print(f"         {strayed:.1f} % of the labels favour another class than the one they were drawn for")
+    memory = peak_memory(result["args"]["device"])
+    print(f"time     {models.clock(result['seconds'])} for the distillation; memory {memory} at the peak")
     print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
 
 
@@ -1103,7 +1041,8 @@ def peak_memory(device):
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's"
     if not resource:
         return "unknown"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20):.2f} GiB"
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
 
 
 def main(argv=None):
@@ -1113,11 +1052,11 @@ def main(argv=None):
     try:
         if args.plot:
             picture = Path(args.out or "curves.svg")
-            runs = [(without_seed(folder), finished(Path(folder))[1]) for folder in args.plot]
+            runs = [(data.without_seed(folder), data.finished(Path(folder))[1]) for folder in args.plot]
             data.write(picture, data.svg_curves(runs, "student step"))
             print(f"drawn: {picture}")
         elif args.table:
-            print(results_table(args.table))
+            print(data.results_table(args.table))
         else:
             distil(args)
         return 0

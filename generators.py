@@ -44,8 +44,8 @@ class UpsampleConv2d(nn.Conv2d):
     dimension, with kernel w and input x, collecting the taps that read the same x[i] gives
         y[n] = sum_i v[n - 2i + 1] x[i],   v = (w2, w1 + w2, w0 + w1, w0),
     a transposed convolution of stride 2, padding 1 and kernel v = U w; in two dimensions v = U w U^T. It is the same
-    function with 4 instead of 9 multiplications per weight and pixel. The weight keeps its 3 x 3 shape. There is no bias:
-    the BatchNorm that follows would take it out again.
+    function with 4 instead of 9 multiplications per weight and pixel. The weight keeps its 3 x 3 shape.
+    There is no bias: the BatchNorm that follows would take it out again.
     """
 
     def __init__(self, inputs, outputs):
@@ -213,8 +213,8 @@ def dafl_loss(logits, features, a, b, c):
 def mode_seeking_loss(images, z):
     """1 / ( ||x_2 - x_1|| / ||z_2 - z_1|| + 1e-5 ): small when different latents give different images.
 
-    images (B, C, H, W), z (B, d) -> scalar >= 0. Halves and norms as in `diversity_seeking_loss`. MSKD adds it to DAFL's
-    two class terms [I]; the 1e-5 is that of Mao et al.'s code [C], where the norms are mean absolute differences.
+    images (B, C, H, W), z (B, d) -> scalar >= 0. Halves and norms as in `diversity_seeking_loss` [I].
+    The 1e-5 is that of Mao et al.'s code [C], where the norms are mean absolute differences.
     """
     half = len(images) // 2
     distance_x = vector_norm(images[half : 2 * half] - images[:half])
@@ -238,10 +238,10 @@ def js_disagreement_loss(student_logits, teacher_logits, temperature=3.0):
     """L_js = 1 - JSD( softmax(S(x)/tau), softmax(T(x)/tau) ): small when student and teacher disagree.
 
     student_logits, teacher_logits (B, K) -> scalar in [1 - log 2, 1]. JSD(P, Q) = KL(P || M)/2 + KL(Q || M)/2 with
-    M = (P + Q)/2, summed over classes, averaged over the batch. PRE-DFKD [P]; tau = 3 [C]. The teacher's logits are
-    detached: G receives this gradient through S alone [C]. The authors' code differs from the text otherwise: it clamps
-    P, Q and M to [0.01, 0.99], averages over classes as well (a factor 1/K), has M as the target, KL(M || P), and clamps
-    the result to [0, 1].
+    M = (P + Q)/2, summed over classes, averaged over the batch. PRE-DFKD [P]; tau = 3 [C].
+    The teacher's logits are detached: G receives this gradient through S alone [C].
+    Otherwise the authors' code differs from the text: it clamps P, Q and M to [0.01, 0.99], averages over classes too
+    (a factor 1/K), has M as the target, KL(M || P), and clamps the result to [0, 1].
     """
     log_p = (student_logits / temperature).log_softmax(1)
     log_q = (teacher_logits.detach() / temperature).log_softmax(1)
@@ -257,7 +257,7 @@ def js_disagreement_loss(student_logits, teacher_logits, temperature=3.0):
 def weight_correlation(weight):
     """R_ij = cos(w_i, w_j), rows w_i of a layer's weight: how the layer's outputs vary together.
 
-    weight (D, M) -> (D, D), symmetric, unit diagonal, positive semi-definite (often singular). Soft-target synthesis [P].
+    weight (D, M) -> (D, D), symmetric, unit diagonal, positive semi-definite, often singular. Soft targets [P].
     """
     w = F.normalize(weight, dim=1)
     return (w @ w.T).clamp(-1, 1).fill_diagonal_(1)  # also for a unit without weights, which varies by itself
@@ -305,8 +305,8 @@ def soft_labels(weight, rest, sigma, temperature, count):
 def soft_target_loss(logits, targets, temperature):
     """CE( y, softmax(T(x)/tau) ), batch mean: small when the teacher's output on x is the soft target y.
 
-    logits (B, K) = T(x), targets y (B, K) distributions -> scalar, at least H(y). tau = 20. ZSKD minimises it alone [C];
-    soft-target synthesis adds lambda_a L_a [P].
+    logits (B, K) = T(x), targets y (B, K) distributions -> scalar, at least H(y). tau = 20.
+    ZSKD minimises it alone [C]; soft-target synthesis adds lambda_a L_a [P].
     """
     return F.cross_entropy(logits / temperature, targets)
 
@@ -325,9 +325,9 @@ def dirichlet_concentrations(weight):
 
 
 def dirichlet_targets(weight, classes):
-    """y ~ Dirichlet(beta c_k + 1e-4), k the intended class; beta = 1 for the first half of the batch, 0.1 for the second.
+    """y ~ Dirichlet(beta c_k + 1e-4), k the intended class; beta = 1 for the first half of the batch, then 0.1.
 
-    weight (K, M) of the teacher's last layer, classes (B,) -> targets (B, K). ZSKD: the two halves are the paper's [P].
+    weight (K, M) of the teacher's last layer, classes (B,) -> targets (B, K). ZSKD: the two values of beta are [P].
     In the public code the 0.1 has no effect, because the rows are scaled to [0, 1] again before use [C].
     """
     half = len(classes) // 2
@@ -375,7 +375,7 @@ def batch_norm_loss(inputs, running_mean, running_var):
 
 @contextlib.contextmanager
 def batch_norm_inputs(net):
-    """Within the `with` block: a list to which each forward pass of `net` adds (layer, input) of its BatchNorm2d layers.
+    """Within the block: a list to which each forward pass of `net` adds (layer, input) of its BatchNorm2d layers.
 
     The caller empties it between passes. The hooks are gone after the block, however it ends.
     """
@@ -392,8 +392,9 @@ def batch_norm_inputs(net):
 def deepinversion_loss(images, logits, classes, batch_norm, a_tv, a_2, a_f):
     """CE(t, y) + a_tv TV(x) + a_2 ||x||_2 + a_f sum_l BN_l: DeepInversion's objective [C].
 
-    images (B, C, H, W), logits (B, K), classes y (B,), batch_norm = [(layer, input), ...] as `batch_norm_inputs` collects
-    them (empty for a teacher without BatchNorm) -> scalar. CIFAR-10: a_tv = 2.5e-5 to 1e-3, a_f = 10 to 100, a_2 = 0 [C].
+    images (B, C, H, W), logits (B, K), classes y (B,), batch_norm = [(layer, input), ...] as `batch_norm_inputs`
+    collects them, empty for a teacher without BatchNorm -> scalar.
+    CIFAR-10: a_tv = 2.5e-5 to 1e-3, a_f = 10 to 100, a_2 = 0 [C].
     """
     prior = sum(batch_norm_loss(h.float(), layer.running_mean, layer.running_var) for layer, h in batch_norm)
     return F.cross_entropy(logits, classes) + a_tv * total_variation(images) + a_2 * vector_norm(images) + a_f * prior
@@ -430,8 +431,8 @@ def smooth_noise(count, channels, image_size=32):
 def augmented(images, mirror):
     """Images sampled on grids turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
 
-    images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped. Light augmentation of the images
-    that S sees is ZSKD's [C]; soft-target synthesis does as ZSKD [I]; the ranges are ours [I].
+    images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped.
+    ZSKD augments lightly what S sees [C]. Soft-target synthesis does as ZSKD [I]. The ranges are ours [I].
     """
     def uniform(low, high):
         return torch.empty(len(images), device=images.device).uniform_(low, high)
@@ -446,7 +447,7 @@ def augmented(images, mirror):
 
 
 def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, report=None):
-    """x* = argmin_x objective(x) by Adam, from `images` (B, C, H, W), which are left alone -> (x*, the objective's last value).
+    """x* = argmin_x objective(x) by Adam, from `images` (B, C, H, W) -> x*, the objective's last value.
 
     objective(x) is a mean over the batch. `constrain`, x -> x, is applied after every step. With `settle` = 0.01, the
     optimisation ends when 50 steps bring less than 1 % of the decrease so far. `report(step, loss)` is called every 50.

@@ -1,12 +1,12 @@
-"""Classifiers: the teachers and students of the three papers, for 32 x 32 images; teachers: training, loading, accuracy.
+"""Classifiers for 32 x 32 images, the teachers and students of the papers; teachers: training, loading, accuracy.
 
     net = build("lenet5", num_classes=10, channels=1)
     logits = net(x)                                   # x (B, C, 32, 32) -> (B, K)
     logits, features = net(x, return_features=True)   # features (B, D): what the last layer reads
 
-Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer, and `split(layer)` gives
-the way from the outputs of an inner layer to the logits.
-The LeNets and AlexNets are those of the code that DAFL and ZSKD published [C]; test_dfkd.py holds the parameter counts.
+Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer, and `split(layer)`
+gives the way from the outputs of an inner layer to the logits.
+The LeNets and AlexNets are those of DAFL's and ZSKD's code [C]; test_dfkd.py holds the parameter counts.
 
 References
     LeNet-5        LeCun et al. 1998, with the widths of DAFL's code     https://arxiv.org/abs/1904.01186
@@ -15,8 +15,11 @@ References
     WRN-d-k        Zagoruyko & Komodakis 2016                            https://arxiv.org/abs/1605.07146
 """
 
+import json
 import re
 import time
+import zlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +55,7 @@ class Classifier(nn.Module):
         `layer` is "logits", the last layer, or "fc2", the last but one, for networks that have such a layer.
         """
         if layer != "logits":
-            raise ValueError(f"{type(self).__name__} has no layer '{layer}' whose outputs could be modelled, only 'logits'")
+            raise ValueError(f"{type(self).__name__} has no layer '{layer}' that could be modelled, only 'logits'")
         return self.classifier, nn.Identity()
 
 
@@ -78,7 +81,9 @@ class LeNet5(Classifier):
         return self.fc(x).relu()  # (B, 84)
 
     def split(self, layer):
-        return (self.fc, nn.Sequential(nn.ReLU(), self.classifier)) if layer == "fc2" else super().split(layer)
+        if layer == "fc2":
+            return self.fc, nn.Sequential(nn.ReLU(), self.classifier)
+        return super().split(layer)
 
 
 # ---------------------------------------------------------------- AlexNet
@@ -110,7 +115,9 @@ class AlexNet(Classifier):
         return self.body(x)  # (B, 256)
 
     def split(self, layer):
-        return (self.body[-4], nn.Sequential(*self.body[-3:], self.classifier)) if layer == "fc2" else super().split(layer)
+        if layer == "fc2":
+            return self.body[-4], nn.Sequential(*self.body[-3:], self.classifier)
+        return super().split(layer)
 
 
 # ---------------------------------------------------------------- ResNet and WRN
@@ -211,11 +218,11 @@ def build(name, num_classes=10, channels=1):
         depth, k = map(int, wrn.groups())
         if depth >= 10 and depth % 6 == 4 and k >= 1:
             return WRN(depth, k, *shape)
-    raise ValueError(f"unknown network '{name}'; choose from {', '.join(NAMES)}, or any wrn-D-K with D = 10, 16, 22, ...")
+    raise ValueError(f"unknown network '{name}'; choose from {', '.join(NAMES)}, any wrn-D-K with D = 10, 16, 22, ...")
 
 
 def on_device(name, info, device, precision):
-    """The network called `name` for the data that `info` describes. LeNets stay float32: too small to gain from less."""
+    """The network called `name` for such data. LeNets stay float32: they are too small to gain from less."""
     net = build(name, info.classes, info.channels).to(device, memory_format=torch.channels_last)
     net.bf16 = precision == "bf16" and not isinstance(net, LeNet5)
     return net
@@ -284,10 +291,31 @@ def train(name, real, info, epochs, seed, precision, checkpoint, show):
     return net.eval().requires_grad_(False)
 
 
+def trained(folder, dataset, name, real, info, epochs, seed, precision, show):
+    """The teacher for these settings: from the folder where trained ones are kept, or trained now."""
+    device, threads = real.train_images.device.type, torch.get_num_threads()
+    settings = dict(
+        dataset=dataset, data=zlib.crc32(real.train_images.cpu().numpy()), arch=name, epochs=epochs,
+        lr=teacher_lr(name), batch=TEACHER_BATCH, seed=seed, precision=precision, device=device, threads=threads,
+    )  # fmt: skip
+    path = folder / f"{dataset}-{name}-{zlib.crc32(json.dumps(settings).encode()):08x}.pt"
+    if path.exists():
+        print(f"teacher    {name}, trained before: {path}")
+        return load(path, name, info, device, precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".training")
+    net = train(name, real, info, epochs, seed, precision, half, show)
+    data.save(path, {key: value.cpu() for key, value in net.state_dict().items()})
+    half.unlink(missing_ok=True)
+    print(f"teacher    {name}, saved for later runs: {path}")
+    return net
+
+
 def load(path, name, info, device, precision):
     """The frozen teacher whose state dict is in the file `path`; NetworkError says in one line why it does not fit."""
     state = data.load_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+    items = state.items() if isinstance(state, dict) else [(0, 0)]
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in items):
         raise NetworkError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
     state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel adds it
     for key, value in state.items():
@@ -300,8 +328,9 @@ def load(path, name, info, device, precision):
         net.load_state_dict(state)
     except RuntimeError as error:  # a headline, then a line for each kind of difference
         reason = str(error).splitlines()[1].strip()
-        raise NetworkError(f"{path}: not a {name} with {info.classes} classes and {info.channels} channels; see --teacher-arch, "
-                           f"--num-classes, --channels: {reason[:160]}") from None  # fmt: skip
+        shape = f"{name} with {info.classes} classes and {info.channels} channels"
+        flags = "--teacher-arch, --num-classes, --channels"
+        raise NetworkError(f"{path}: not a {shape}; see {flags}: {reason[:160]}") from None
     return net.eval().requires_grad_(False)
 
 
@@ -315,6 +344,21 @@ def accuracy(net, images, labels, info):
         right += (net(data.normalise(x, info)).argmax(1) == y).sum()
     net.train(training)
     return 100 * right.item() / len(labels)
+
+
+def crc(net):
+    """A checksum of all that the network has learned."""
+    return zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values()))
+
+
+def fast_bf16(device):
+    """Whether the processor multiplies bfloat16 matrices in hardware; elsewhere bf16 is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def random_state(device):

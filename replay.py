@@ -1,4 +1,4 @@
-"""Replay: what the student saw earlier comes back, from a VAE that models it (PRE-DFKD) or from a bank of stored samples.
+"""Replay: what S saw earlier comes back, from a VAE that models it (PRE-DFKD) or from a bank of stored samples.
 
     [P] the paper's text,  [C] the authors' public code,  [I] our reading where neither settles it.
 
@@ -53,8 +53,8 @@ class Encoder(nn.Module):
 class VAE(nn.Module):
     """Encoder E and decoder M, the generator's network without spectral norm; weights U(-0.08, 0.08), biases 0 [C].
 
-    The authors' latent of 1000 makes M's linear layer alone 33 MB, where the paper says 2.1 MB for all. A latent of 32 and
-    a width of 32, the default of dfkd.py, make 0.5 MB [I].
+    The authors' latent of 1000 makes M's linear layer alone 33 MB, where the paper says 2.1 MB for all.
+    A latent of 32 and a width of 32, the default of dfkd.py, make 0.5 MB [I].
     """
 
     def __init__(self, latent_dim, channels, image_size=32, width=128):
@@ -181,7 +181,7 @@ class PseudoReplay(nn.Module):
 
 
 def share(novel):
-    """B/8, the number of memory samples beside a batch of B novel ones [C]; at least 2, for the batch statistics [I]."""
+    """B/8, the number of memory samples beside B novel ones [C]; at least 2, for the batch statistics [I]."""
     return max(2, len(novel) // 8)
 
 
@@ -210,7 +210,7 @@ class Bank(nn.Module):
         return self.images[torch.randint(self.filled, (count,), device=self.images.device)]
 
     def learn(self, novel, teacher, rehearse):
-        """Store B/8 novel images: in free places first, then in place of random earlier ones. Nothing has a loss here."""
+        """Store B/8 novel images: in free places first, then in place of random earlier ones. There is no loss."""
         x = novel[: min(share(novel), len(self.images))]
         free = min(len(x), len(self.images) - self.filled)
         places = torch.arange(self.filled, self.filled + free, device=x.device)
