@@ -701,7 +701,7 @@ def test_downloads_are_checked_and_whole(tmp_path):
         data.download(path, [bad, cut, (tmp_path / "nowhere").as_uri()], right)
     assert list(path.parent.iterdir()) == []
     data.download(path, [bad, cut, good], right)
-    assert data.read(path) == content and list(path.parent.iterdir()) == [path]
+    assert data.read(path, 100) == content and list(path.parent.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- the command
