@@ -483,7 +483,7 @@ def mat_variable(path, first_bytes, order, held):
     what = "complex" if flags & 0x800 else MAT_CLASSES.get(flags & 0xFF)
     fits = dtype == np.uint8 and len(shape) == 4 and shape[:3] == [32, 32, 3] if name == "X" else kind in MAT_TYPES
     if what or not fits or not 0 < count <= SVHN_LIMITS[name]:
-        raise DataError(f"{path}: {name} is {what or f'{dtype} {tuple(shape)}'}, expected X uint8 (32, 32, 3, N) and y (N, 1), "
+        raise DataError(f"{path}: {name} is {what or f'{dtype.name} {tuple(shape)}'}, expected X uint8 (32, 32, 3, N) and y (N, 1), "
                         f"N at most {SVHN_LIMITS['y']}; put the right file there")  # fmt: skip
     if size != count * dtype.itemsize:
         raise DataError(f"{path}: {name} {tuple(shape)} in {size} bytes; delete it and run again")
