@@ -674,9 +674,14 @@ def test_idx_files_are_read(mnist):
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"
 DAMAGE = {
-    "truncated gzip": (LABELS, lambda b: b[:-9], "truncated gzip"),
-    "no gzip": (LABELS, lambda b: b"<html>not found</html>", "gzip"),
-    "damaged gzip": (LABELS, lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "gzip"),
+    "truncated gzip": (LABELS, lambda b: b[:-9], "truncated compressed file .it ends early"),
+    "no gzip": (LABELS, lambda b: b"<html>not found</html>", "incorrect header check"),
+    "damaged gzip": (LABELS, lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "truncated compressed file"),
+    "wrong gzip checksum": (LABELS, lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], "incorrect data check"),
+    "more behind the gzip": (LABELS, lambda b: b + b"more", "incorrect header check"),
+    "too many gzips": (LABELS, lambda b: gzip.compress(b"") * 10_001, "10,000 streams"),
+    "far too long": (LABELS, lambda b: gzip.compress(bytes(data.IDX_LIMIT + 1), 1), "holds more than 48088576 bytes"),
+    "far too large": (IMAGES, lambda b: b[:4] + b"\xff" * 12, "bytes, expected 79228162458924105385300197391"),
     "wrong magic": (IMAGES, lambda b: b"\0\0\x0d" + b[3:], "expected 00000803"),
     "labels for images": (IMAGES, lambda b: idx(np.zeros(20, np.uint8)), "expected 00000803"),
     "truncated": (IMAGES, lambda b: b[:-1], "bytes, expected"),
@@ -699,6 +704,35 @@ def test_damaged_idx_files_are_refused(mnist, file, damage, message):
     assert "t10k" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_gzip_file_may_have_several_parts(tmp_path):
+    path = tmp_path / "labels.gz"
+    path.write_bytes(gzip.compress(b"") + gzip.compress(b"abc") + bytes(70_000) + gzip.compress(b"def") + bytes(9))
+    assert data.read(path, 20_000_000) == b"abcdef"
+    path.write_bytes(gzip.compress(bytes(1001)))
+    assert data.read(path, 1001) == bytes(1001)
+    with pytest.raises(data.DataError, match="holds more than 1000 bytes"):
+        data.read(path, 1000)
+
+
+NO_FILES = {
+    "folder": (Path.mkdir, "no plain file"),
+    "pipe": (os.mkfifo, "no plain file"),
+    "huge": (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 2**40), "more than .* bytes"),
+}
+PLACES = ("mnist/train-images-idx3-ubyte", "mnist/train-images-idx3-ubyte.gz", "cifar10/cifar-10-binary.tar.gz", "svhn/train_32x32.mat")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("make, message", NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, place, make, message):
+    path = tmp_path / place
+    path.parent.mkdir()
+    make(path)
+    monkeypatch.setitem(data.CIFAR, "cifar10", data.CIFAR["cifar10"]._replace(folder="cifar10"))
+    with pytest.raises(data.DataError, match=f"{path.name}: {message}"):
+        data.load(path.parent.name, tmp_path)
+
+
 def test_fashion_mnist_is_read_like_mnist(mnist):
     mnist.rename(mnist.parent / "fashion-mnist")
     assert data.load("fashion-mnist", mnist.parent).train_images.shape == (30, 1, 32, 32)
@@ -715,18 +749,29 @@ def cifar_files(name):
     return {file: records(5, known.label_bytes, seed) for seed, file in enumerate(known.train + known.test)}
 
 
+def tar_header(name, size, kind=tarfile.REGTYPE):
+    header = tarfile.TarInfo(name)
+    header.size, header.type = size, kind
+    return header.tobuf(tarfile.GNU_FORMAT)  # the one that can say a negative size
+
+
+def tar(files, first=b"", last=b""):
+    """A tar archive with members {name: content}, and other entries in front of and behind them."""
+    parts = [tar_header(name, len(content)) + content + bytes(-len(content) % 512) for name, content in files.items()]
+    return b"".join([first, *parts, last, bytes(1024)])
+
+
 @pytest.mark.parametrize("name", data.CIFAR)
 @pytest.mark.parametrize("packed", [False, True], ids=["files", "archive"])
-def test_cifar_files_are_read(tmp_path, name, packed):
+def test_cifar_files_are_read(tmp_path, name, packed, capsys):
     known, files = data.CIFAR[name], cifar_files(name)
     folder = tmp_path / known.folder
     folder.mkdir()
     if packed:
-        with tarfile.open(folder / known.archive, "w:gz") as tar:
-            for file, (_, _, content) in files.items():
-                member = tarfile.TarInfo(f"../../{known.folder}/{file}")  # a hostile path leads nowhere
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        hostile = {f"../../{known.folder}/{file}": content for file, (_, _, content) in files.items()}  # leads nowhere
+        others = tar_header("folder", 3, tarfile.DIRTYPE) + tar_header("test.bin", 3, tarfile.LNKTYPE)  # without content
+        others += tar_header("a comment", 700, tarfile.XHDTYPE) + known.test[0].encode() * 100 + bytes(1024)
+        (folder / known.archive).write_bytes(gzip.compress(tar(hostile, first=others[:2560])))
     else:
         for file, (_, _, content) in files.items():
             (folder / file).write_bytes(content)
@@ -736,11 +781,19 @@ def test_cifar_files_are_read(tmp_path, name, packed):
     assert np.array_equal(real.train_images.numpy(), pixels.reshape(-1, 3, 32, 32))
     assert real.test_labels.tolist() == files[known.test[0]][0].tolist()
     assert len(list(folder.iterdir())) == (1 if packed else len(files))
+    assert ("not the published file" in capsys.readouterr().out) == packed
+
+
+def test_the_published_file_gets_no_note(tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"abc")
+    data.compare_with_published(tmp_path / "file", hashlib.sha256(b"abc").hexdigest())
+    assert capsys.readouterr().out == ""
 
 
 CIFAR_DAMAGE = {
     "truncated": (lambda b: b[:-1], "15364 bytes, expected a multiple of 3073"),
     "empty": (lambda b: b"", "0 bytes"),
+    "too long": (lambda b: b * 2001, "more than 30730000 bytes"),
     "label out of range": (lambda b: b[:3073] + b"\x0a" + b[3074:], "label 10 at byte 3073, expected 0 to 9"),
 }
 
@@ -755,16 +808,32 @@ def test_damaged_cifar_files_are_refused(tmp_path, damage, message):
         data.load("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("content, message", [(b"<html>", "damaged or truncated archive"), (None, "no data_batch_1.bin")])
+CIFAR_FILES = {file: content for file, (_, _, content) in cifar_files("cifar10").items()}
+CIFAR_ARCHIVES = {
+    "no archive": (b"<html>", "damaged or truncated compressed file"),
+    "truncated": (gzip.compress(tar(CIFAR_FILES))[:-1], "damaged or truncated compressed file"),
+    "wrong checksum": (gzip.compress(tar(CIFAR_FILES))[:-8] + bytes(8), "incorrect data check"),
+    "truncated inside": (gzip.compress(tar(CIFAR_FILES)[:-9999]), "header at byte 81920"),
+    "empty": (gzip.compress(bytes(1024)), "no data_batch_1.bin"),
+    "one is missing": (gzip.compress(tar({**CIFAR_FILES, "test_batch.bin": b""})), "test_batch.bin: 0 bytes"),
+    "backwards": (gzip.compress(tar(CIFAR_FILES, tar_header("a", 0), tar_header("b", -512))), "header at byte 98816"),
+    "backwards in octal": (gzip.compress(tar({}, tar_header("a", 0).replace(b"00000000000", b"-0000001000", 1))), "header at byte 0"),
+    "2^40 bytes": (gzip.compress(tar(CIFAR_FILES, tar_header("a", 2**40))), "header at byte 0"),
+    "2^63 bytes": (gzip.compress(tar(CIFAR_FILES, tar_header("a", 2**63))), "header at byte 0"),
+    "a name of 2^40 bytes": (gzip.compress(tar(CIFAR_FILES, tar_header("a", 2**40, tarfile.GNUTYPE_LONGNAME))), "header at byte 0"),
+    "a pax header of 2^40 bytes": (gzip.compress(tar(CIFAR_FILES, tar_header("a", 2**40, tarfile.XHDTYPE))), "header at byte 0"),
+    "too long a file": (gzip.compress(tar({**CIFAR_FILES, "test_batch.bin": bytes(30_733_073)}), 1), "a multiple of 3073 up to 30730000"),
+}
+
+
+@pytest.mark.parametrize("content, message", CIFAR_ARCHIVES.values(), ids=CIFAR_ARCHIVES)
 def test_damaged_cifar_archives_are_refused(tmp_path, content, message):
     archive = tmp_path / "cifar-10-batches-bin" / "cifar-10-binary.tar.gz"
     archive.parent.mkdir()
-    if content is None:
-        tarfile.open(archive, "w:gz").close()
-    else:
-        archive.write_bytes(content)
-    with pytest.raises(data.DataError, match=message):
+    archive.write_bytes(content)
+    with pytest.raises(data.DataError, match=message) as error:
         data.load("cifar10", tmp_path)
+    assert str(archive.parent) in str(error.value) and "\n" not in str(error.value)
 
 
 def mat_element(order, kind, content, short=False):
@@ -774,9 +843,9 @@ def mat_element(order, kind, content, short=False):
     return struct.pack(order + "II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
 
 
-def mat_matrix(order, name, array, kind, compressed):
-    """A MATLAB 5 element that holds `array`, which is stored as type `kind` whatever its class."""
-    body = mat_element(order, 6, struct.pack(order + "II", 9, 0))
+def mat_matrix(order, name, array, kind, compressed, flags=9):
+    """A MATLAB 5 element that holds `array`, which is stored as type `kind` whatever its class, in `flags`."""
+    body = mat_element(order, 6, struct.pack(order + "II", flags, 0))
     body += mat_element(order, 5, np.array(array.shape, order + "i4").tobytes())
     body += mat_element(order, 1, name.encode(), short=True)
     body += mat_element(order, kind, array.astype(order + data.MAT_TYPES[kind]).tobytes("F"))
@@ -785,20 +854,23 @@ def mat_matrix(order, name, array, kind, compressed):
     return struct.pack(order + "II", 15, len(packed)) + packed if compressed else matrix
 
 
-def svhn_file(order="<", compressed=True, n=7, labels=None, more=b""):
+def svhn_file(order="<", compressed=True, n=7, labels=None, more=b"", X_flags=9, y_flags=6):
     rng = np.random.default_rng(n)
     X = rng.integers(0, 256, (32, 32, 3, n), np.uint8)
     y = rng.integers(1, 11, (n, 1)) if labels is None else np.array(labels).reshape(-1, 1)
     header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(order + "H", 0x100) + (b"IM" if order == "<" else b"MI")
-    content = header + mat_matrix(order, "X", X, 2, compressed) + more + mat_matrix(order, "y", y, 9, compressed)
+    content = header + mat_matrix(order, "X", X, 2, compressed, X_flags) + more + mat_matrix(order, "y", y, 9, compressed, y_flags)
     return X, y, content
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little-endian", "big-endian"])
 @pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
-def test_svhn_files_are_read(tmp_path, order, compressed):
+def test_svhn_files_are_read(tmp_path, order, compressed, capsys):
     (tmp_path / "svhn").mkdir()
     other = mat_element(order, 14, mat_element(order, 6, bytes(8)))  # an element without values, as a cell array has them
+    for flags in (5, 1, 0x806, 99):  # sparse, a cell array, complex, unknown
+        other += mat_matrix(order, "Z", np.zeros((9, 9)), 9, compressed, flags)
+    other += mat_matrix(order, "X", np.zeros((9, 9)), 9, compressed)  # the first X counts
     made = {file: svhn_file(order, compressed, n, more=other) for file, n in zip(data.SVHN_FILES, (9, 4))}
     for file, (_, _, content) in made.items():
         (tmp_path / "svhn" / file).write_bytes(content)
@@ -807,19 +879,53 @@ def test_svhn_files_are_read(tmp_path, order, compressed):
     assert real.train_images.shape == (9, 3, 32, 32) and real.test_images.shape == (4, 3, 32, 32)
     assert all(np.array_equal(real.test_images[i, c], X[:, :, c, i]) for i in range(4) for c in range(3))
     assert real.test_labels.tolist() == [0 if v == 10 else v for v in y.flatten()]
+    assert capsys.readouterr().out.count("not the published file") == 2
+
+
+def test_other_variables_are_not_inflated(tmp_path, monkeypatch):
+    other, inflate, inflated = mat_matrix("<", "Z", np.zeros(3_000_000), 9, True), data.inflate, []
+    (tmp_path / "file.mat").write_bytes(svhn_file(more=other)[2])
+    monkeypatch.setattr(data, "inflate", lambda *args: inflated.append(inflate(*args)) or inflated[-1])
+    assert len(data.parse_mat(tmp_path / "file.mat")["y"]) == 7
+    assert sum(map(len, inflated)) < 7 * 3080 + 2000
+
+
+def with_dimension(content, n):
+    """A plain file with X of seven images, which says that they are `n`."""
+    return content.replace(struct.pack("<i", 7), struct.pack("<i", n), 1)
+
+
+def repacked(n):
+    """A compressed file of seven images whose X says that they are `n`."""
+    content = with_dimension(svhn_file(compressed=False)[2], n)
+    X = content[128 : 192 + 7 * 3072].replace(struct.pack("<I", 7 * 3072), struct.pack("<I", n % 2**20 * 3072))
+    packed = zlib.compress(X)
+    return content[:128] + struct.pack("<II", 15, len(packed)) + packed
 
 
 SVHN_DAMAGE = {
     "no MATLAB file": (b"<html>", "expected 494d or 4d49"),
+    "MATLAB 7.3": (b"MATLAB 7.3 MAT-file, Platform".ljust(126) + b"IM" + bytes(400), "save it with -v6 or -v7"),
+    "HDF5": (svhn_file()[2][:512] + b"\x89HDF\r\n\x1a\n", "save it with -v6 or -v7"),
     "truncated": (svhn_file()[2][:-30], "bytes left at byte"),
-    "half a tag": (svhn_file()[2] + b"abc", "within the tag at byte"),
-    "damaged": (svhn_file()[2][:300] + bytes(8) + svhn_file()[2][308:], "damaged compressed element at byte 128"),
+    "damaged": (svhn_file()[2][:300] + bytes(8) + svhn_file()[2][308:], "damaged or truncated compressed file"),
     "label out of range": (svhn_file(labels=[1, 2, 3, 4, 5, 6, 11])[2], "labels from 1 to 11, expected 1 to 10"),
-    "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
-    "no X": (svhn_file()[2][:128], "holds nothing, expected X"),
-    "shape and values differ": (svhn_file(compressed=False)[2].replace(struct.pack("<i", 7), struct.pack("<i", 6), 1), "cannot reshape"),
-    "half a value": (svhn_file(labels=[1] * 7, compressed=False)[2].replace(struct.pack("<II", 9, 56), struct.pack("<II", 9, 55)), "buffer size"),
     "labels that are no numbers": (svhn_file(labels=[1, 2, 3, np.nan, 5, 6, 7])[2], "labels from nan"),
+    "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
+    "no labels": (svhn_file(labels=[])[2], "y is float64 .0, 1., expected"),
+    "no X": (svhn_file()[2][:128], "no X in it"),
+    "no y": (svhn_file(compressed=False)[2][: 192 + 7 * 3072], "no y in it"),
+    "X of other numbers": (svhn_file(compressed=False)[2].replace(struct.pack("<II", 2, 7 * 3072), struct.pack("<II", 3, 7 * 3072)), "X is int16"),
+    "X sparse": (svhn_file(X_flags=5)[2], "X is sparse, expected X uint8"),
+    "X a cell array": (svhn_file(X_flags=1)[2], "X is a cell array, expected"),
+    "y complex": (svhn_file(y_flags=0x806)[2], "y is complex, expected"),
+    "y text": (svhn_file(y_flags=4)[2], "y is text, expected"),
+    "shape and values differ": (with_dimension(svhn_file(compressed=False)[2], 6), "X .32, 32, 3, 6. in 21504 bytes"),
+    "half a value": (svhn_file(labels=[1] * 7, compressed=False)[2].replace(struct.pack("<II", 9, 56), struct.pack("<II", 9, 55)), "in 55 bytes"),
+    "fewer images than said": (repacked(90_000), "X ends early or late"),
+    "more images than said": (repacked(6), "X ends early or late"),
+    "too many images": (repacked(100_001), "N at most 100000"),
+    "-1 images": (repacked(-1), "N at most 100000"),
 }
 
 
@@ -843,7 +949,93 @@ def test_downloads_are_checked_and_whole(tmp_path):
         data.download(path, [bad, cut, (tmp_path / "nowhere").as_uri()], right)
     assert list(path.parent.iterdir()) == []
     data.download(path, [bad, cut, good], right)
-    assert data.read(path) == content and list(path.parent.iterdir()) == [path]
+    assert data.read(path, 100) == content and list(path.parent.iterdir()) == [path]
+
+
+def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(part, path):  # by another process, which writes it from beginning to end
+        with monkeypatch.context() as other:
+            other.setattr(os, "replace", replace)
+            other.setattr(os, "getpid", lambda: 0)
+            data.write(path, b"theirs")
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    data.write(tmp_path / "file", b"ours")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"ours"]
+
+
+def test_part_files_of_dead_processes_are_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    kept = {f"file.{os.getppid()}.part", "file.1.part", f"other.{dead.pid}.part", f"file.{10**30}.part", "file.part"}
+    for name in kept | {f"file.{dead.pid}.part"}:
+        (tmp_path / name).write_bytes(b"half")
+    data.write(tmp_path / "file", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"file"}
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
+    data.write(tmp_path / "file", b"earlier")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*file'"):
+        data.write(tmp_path / "file", b"later")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"earlier")]
+
+
+def test_tensors_are_saved_and_loaded(tmp_path):
+    path, saved = tmp_path / "x.pt", dict(step=3, x=[torch.arange(3), None], rate=0.5)
+    data.save(path, saved)
+    loaded = data.load_tensors(path)
+    assert loaded["x"][0].tolist() == [0, 1, 2] and {**loaded, "x": 0} == {**saved, "x": 0}
+    for content in (path.read_bytes()[:-100], b"", b"<html>"):
+        path.write_bytes(content)
+        with pytest.raises(data.DataError, match="x.pt: not a PyTorch file of plain tensors"):
+            data.load_tensors(path)
+    with pytest.raises(data.DataError, match="y.pt: cannot be read .No such file"):
+        data.load_tensors(tmp_path / "y.pt")
+
+
+def test_csv_has_a_column_for_every_key():
+    content = data.csv_rows([dict(step=1, L_G=0.5), dict(step=2, accuracy=None, L_S=3)]).decode()
+    assert content.split() == ["step,L_G,accuracy,L_S", "1,0.5,,", "2,,,3"]
+
+
+def test_png_holds_the_images():
+    x = torch.rand(4, 3, 2, 5)
+    content = data.png(x, columns=2)
+    start = content.index(b"IDAT")
+    (length,) = struct.unpack(">I", content[start - 4 : start])
+    lines = np.frombuffer(zlib.decompress(content[start + 4 : start + 4 + length]), np.uint8).reshape(4, 1 + 2 * 5 * 3)
+    assert (lines[:, 0] == 0).all()
+    grid = torch.from_numpy(lines[:, 1:].copy()).view(2, 2, 2, 5, 3).permute(0, 2, 4, 1, 3)  # (row, column, C, H, W)
+    assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
+
+
+def test_a_png_of_few_images_has_one_row():
+    assert data.png(torch.rand(3, 1, 2, 5))[16:24] == struct.pack(">II", 15, 2)  # width, height
+
+
+def test_curves_share_colours_and_labels():
+    runs = [("<a>", [(10, 20.0), (20, 90.0), (40, 100.0)]), ("b", [(40, 50.0)]), ("<a>", [(20, 85.0)])]
+    picture = ElementTree.fromstring(data.svg_curves(runs, "T queries"))
+    lines = picture.findall("{*}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [3, 1, 1]
+    assert lines[0].get("points").split()[-1] == "630.0,20.0"  # the highest at the last step: the upper right corner
+    assert lines[0].get("stroke") == lines[2].get("stroke") != lines[1].get("stroke")
+    assert [e.text for e in picture.findall("{*}text")] == ["100.0 %", "45.0 %", "T queries 40", "<a>", "b"]
+
+
+@pytest.mark.parametrize("run", [[(0, 0.0)], [(7, 50.0)], [(1, 50.0), (2, 50.0)], [(5, 100.0)] * 3])
+def test_curves_of_few_points_are_drawn(run):
+    (line,) = ElementTree.fromstring(data.svg_curves([("a", run)])).findall("{*}polyline")
+    assert all(50 <= float(x) <= 630 and 20 <= float(y) <= 330 for x, y in (p.split(",") for p in line.get("points").split()))
 
 
 # ---------------------------------------------------------------- the command
@@ -915,17 +1107,6 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert dfkd.main(command("a", "--seed", "1")) == 0  # a second run in the same folder
     assert json.loads((out / "previous-1" / "result.json").read_text()) == result
     assert_same(out, tmp_path / "c")
-
-
-def test_png_holds_the_images():
-    x = torch.rand(4, 3, 2, 5)
-    content = dfkd.png(x, columns=2)
-    start = content.index(b"IDAT")
-    (length,) = struct.unpack(">I", content[start - 4 : start])
-    lines = np.frombuffer(zlib.decompress(content[start + 4 : start + 4 + length]), np.uint8).reshape(4, 1 + 2 * 5 * 3)
-    assert (lines[:, 0] == 0).all()
-    grid = torch.from_numpy(lines[:, 1:].copy()).view(2, 2, 2, 5, 3).permute(0, 2, 4, 1, 3)  # (row, column, C, H, W)
-    assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
 
 
 @pytest.fixture
@@ -1001,21 +1182,6 @@ def test_resume_equals_uninterrupted(command, tmp_path, monkeypatch, flags, call
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert dfkd.main(command("parts", "--resume")) == 0  # a finished run has nothing left to do
     assert_same(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
-    replace = os.replace
-
-    def interrupted(part, path):  # by another process, which writes it from beginning to end
-        with monkeypatch.context() as other:
-            other.setattr(os, "replace", replace)
-            other.setattr(os, "getpid", lambda: 0)
-            dfkd.write(path, b"theirs")
-        replace(part, path)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    dfkd.write(tmp_path / "file", b"ours")
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"ours"]
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
