@@ -17,8 +17,11 @@ import html
 import http.client
 import io
 import itertools
+import json
 import math
 import os
+import re
+import statistics
 import struct
 import urllib.error
 import urllib.request
@@ -645,3 +648,62 @@ def svg_curves(runs, x_label="student step"):
     for i, (name, colour) in enumerate(groups.items()):
         parts.append(label(width - 14, height - 40 - 16 * i, name, f'fill="{colour}" '))
     return "\n".join([*parts, "</svg>\n"]).encode()
+
+
+# ---------------------------------------------------------------- finished runs, as a table
+
+FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes")
+HEADINGS = "run | teacher | student | seeds | maximum | μ | σ² | μ, second half | σ², second half | replay kB | minutes"
+
+
+def finished(folder):
+    """A run's figures and its curve, [(step, accuracy), ...], from its result.json and metrics.csv."""
+    try:
+        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines(), strict=True))
+        curve = [(int(row["step"]), float(row["accuracy"])) for row in rows if row["accuracy"]]
+        result = json.loads((folder / "result.json").read_text())
+        figures = {key: float(result[key]) for key in (*FIGURES, "seconds") if curve}
+    except OSError:
+        raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error) as error:
+        raise DataError(f"{folder}: metrics.csv or result.json is damaged ({error!r:.80}); make the run again") from None
+    if any(None in row or None in row.values() for row in rows):  # a row of another length
+        raise DataError(f"{folder}: metrics.csv is damaged; make the run again")
+    if not curve:
+        raise DataError(f"{folder}: the run was not evaluated, it has no accuracies")
+    sound = all(0 <= accuracy <= 100 and 0 <= step < 2**53 for step, accuracy in curve)
+    if not sound or not all(0 <= figure < 2**53 for figure in figures.values()):
+        raise DataError(f"{folder}: metrics.csv or result.json holds impossible figures; make the run again")
+    return figures, curve
+
+
+def without_seed(folder):
+    """The name that runs which differ in the seed share: they end in -0, -1, ..."""
+    return re.sub(r"-\d+$", "", Path(folder).name)
+
+
+def results_table(folders):
+    """Markdown with a row for each group of runs that differ in the seed only; figures as PRE-DFKD reports them."""
+    groups = {}
+    for folder in map(Path, folders):
+        groups.setdefault(without_seed(folder), []).append(finished(folder))
+    lines = [f"| {HEADINGS} |", "|---" * HEADINGS.count("|") + "|---|"]
+    for name, runs in groups.items():
+        mean = {key: statistics.fmean(figures[key] for figures, _ in runs) for key in (*FIGURES, "seconds")}
+        last = [figures["accuracy_last"] for figures, _ in runs]
+        halves = [[a for _, a in curve[len(curve) // 2 :]] for _, curve in runs]
+        cells = [
+            name,
+            f"{mean['teacher_accuracy']:.2f}",
+            f"{mean['accuracy_last']:.2f}" + (f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""),
+            ", ".join(f"{v:.2f}" for v in last),
+            f"{mean['accuracy_max']:.2f}",
+            f"{mean['accuracy_mean']:.2f}",
+            f"{mean['accuracy_variance']:.2f}",
+            f"{statistics.fmean(map(statistics.fmean, halves)):.2f}",
+            f"{statistics.fmean(map(statistics.pvariance, halves)):.3f}",
+            f"{mean['replay_bytes'] / 1000:.0f}",
+            f"{mean['seconds'] / 60:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -653,7 +653,7 @@ class Run:
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
         self.done[stage] = done
-        self.rows.append(dict(stage=stage, step=done, accuracy=accuracy, **means, seconds=round(self.seconds(), 1)))
+        self.rows.append(dict(stage=stage, step=done, accuracy=accuracy, seconds=round(self.seconds(), 1), **means))
         data.write(self.out / "metrics.csv", data.csv_rows(self.rows))
         if self.samples:
             data.write(self.out / "samples.png", self.picture())
