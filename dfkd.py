@@ -975,10 +975,32 @@ def distil(args):
 def set_up_torch(args):
     """What is the same for the whole process."""
     torch.set_num_threads(args.threads)
+    # MKL chooses the kernel of a function at its first call. Two threads that make this call together may get different
+    # kernels, and results then differ in the last bits from one process to the next. 16 numbers take one thread.
+    for function in (torch.tanh, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.erf):
+        function(torch.ones(16))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
+    if args.threads > 1 and cores_in_use() + args.threads > os.cpu_count() + 0.5:
+        print("note: other processes keep the cores busy; runs side by side are faster with --threads 1 each")
+
+
+def cores_in_use(seconds=0.2):
+    """How many cores other processes use just now, measured while this one sleeps; 0 where the system does not say."""
+
+    def idle_and_all():
+        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)
+
+    try:
+        idle, total = idle_and_all()
+        time.sleep(seconds)
+        idle, total = (now - before for now, before in zip(idle_and_all(), (idle, total)))
+        return os.cpu_count() * (1 - idle / total)
+    except (OSError, ValueError, IndexError, ZeroDivisionError):
+        return 0
 
 
 def schedule_text(args):
