@@ -13,8 +13,13 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no traceback
+
+    def stopped_at_once(*_):
+        os.write(2, b"dfkd.py: stopped; nothing had begun\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stopped_at_once)
 
 import argparse
 import contextlib
