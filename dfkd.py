@@ -643,16 +643,17 @@ class Run:
 
     def pause(self, stage, done, each, evaluate):
         """Check the losses since the last pause, evaluate the student, save -> what to show."""
-        means = {}
+        means, bad = {}, []
         for name, noted in self.terms.items():
             values = torch.stack([value for _, value in noted]).cpu()
-            bad = (~values.isfinite()).nonzero()
-            if len(bad):
-                turn, value = noted[bad[0]]
-                where = f"step {turn + 1}" if each == 1 else f"steps {turn * each + 1} to {(turn + 1) * each}"
-                kept = "; the last good checkpoint is kept" if self.done else ""
-                raise RunError(f"{name} became {value:.3g} at {stage} {where}; try a lower learning rate{kept}")
+            first = (~values.isfinite()).nonzero()[:1]
+            bad += [(*noted[i], name) for i in first]
             means[name] = values.double().mean().item()
+        if bad:
+            turn, value, name = min(bad, key=lambda found: found[0])  # it spreads: the first one tells the most
+            where = f"step {turn + 1}" if each == 1 else f"steps {turn * each + 1} to {(turn + 1) * each}"
+            kept = "; the last good checkpoint is kept" if self.done else ""
+            raise RunError(f"{name} became {value:.3g} at {stage} {where}; try a lower learning rate{kept}")
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
         self.done[stage] = done
