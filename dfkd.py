@@ -696,7 +696,9 @@ class Run:
 def sound_checkpoint(saved):
     """Whether this has the form of a checkpoint; what its parts hold is seen when they are loaded."""
     fields = dict(settings=dict, done=dict, rows=list, seconds=float, commit=(str, type(None)), parts=dict, random=dict)
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in fields.items()):
+    if not isinstance(saved, dict) or not fields.keys() <= saved.keys():
+        return False
+    if not all(isinstance(saved[key], kind) for key, kind in fields.items()):
         return False
     if not all(isinstance(row, dict) and {"stage", "step", "accuracy"} <= row.keys() for row in saved["rows"]):
         return False
