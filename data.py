@@ -579,7 +579,7 @@ def save(path, tensors):
     """torch.save any structure of tensors and plain values; `load_tensors` reads it."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
-    write(path, buffer.getvalue())
+    write(path, buffer.getbuffer())  # no copy
 
 
 def load_tensors(path):
