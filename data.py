@@ -418,7 +418,7 @@ def svhn(folder):
 
 
 def parse_mat(path):
-    """The values of X and y in a MATLAB 5 file, flat: a header of 128 bytes, then elements, compressed ones or plain."""
+    """The values of X and y in a MATLAB 5 file, flat. It has a header of 128 bytes, then elements, some compressed."""
     held = {}
     with opened(path, 2**29) as file:
         header = file.read(520)
@@ -431,14 +431,14 @@ def parse_mat(path):
         end = file.seek(0, os.SEEK_END)
         for kind, size, begin in itertools.islice(mat_elements(file, order, 128), 1000):
             if begin + size > end:
-                raise DataError(f"{path}: ends at byte {end}, expected {begin + size} at least; delete it and run again")
+                raise DataError(f"{path}: ends at byte {end}, expected {begin + size}; delete it and run again")
             if kind in (14, 15):
                 mat_variable(path, functools.partial(matrix, file, kind, size, begin), order, held)
     return held
 
 
 def mat_elements(file, order, at):
-    """Yield (type, size, place) of the elements that follow each other from `at` on, in a MATLAB 5 file or in a matrix.
+    """Yield (type, size, place) of the elements that follow each other from `at` on, in a file or a matrix.
 
     A tag is type and size, 4 bytes each; a short element has both in the first 4 bytes, 2 each, and its content in the
     others. Elements begin at multiples of 8 but for those behind compressed ones.
@@ -530,7 +530,7 @@ def compare_with_published(path, checksum):
 
 
 def write(path, content):
-    """Write a file so that it is there whole or not at all, after a power cut too; remove what killed processes left."""
+    """Write a file so that it is there whole or not at all, after a power cut too; remove what killed runs left."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
     try:
         with part.open("wb") as file:

@@ -772,7 +772,7 @@ SVHN_DAMAGE = {
     "label out of range": (svhn_file(labels=[1, 2, 3, 4, 5, 6, 11])[2], "labels from 1 to 11, expected 1 to 10"),
     "labels that are no numbers": (svhn_file(labels=[1, 2, 3, np.nan, 5, 6, 7])[2], "labels from nan"),
     "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
-    "no labels": (svhn_file(labels=[])[2], "y is float64 .0, 1., expected"),
+    "no labels": (svhn_file(labels=[])[2], "y is float64 .0, 1. in 0 bytes, expected"),
     "no X": (svhn_file()[2][:128], "no X in it"),
     "no y": (svhn_file(compressed=False)[2][: 192 + 7 * 3072], "no y in it"),
     "X of other numbers": (svhn_file(compressed=False)[2].replace(struct.pack("<II", 2, 7 * 3072), struct.pack("<II", 3, 7 * 3072)), "X is int16"),
@@ -795,6 +795,61 @@ def test_damaged_svhn_files_are_refused(tmp_path, content, message):
     (tmp_path / "svhn" / "train_32x32.mat").write_bytes(content)
     with pytest.raises(data.DataError, match=f"train_32x32.mat: .*{message}"):
         data.load("svhn", tmp_path)
+
+
+def mutated(content, rng):
+    """`content` with one to three changes: a bit, a byte, a number, bytes put in, doubled or cut out, the end cut off."""
+    for _ in range(rng.integers(1, 4)):
+        at, length = rng.integers(rng.choice([200, len(content) + 1])), rng.integers(1, 600)
+        front, some, rest = content[:at], content[at : at + length], content[at:]
+        number = struct.pack(rng.choice(["<i", ">i"]), rng.choice([-1, 0, 7, 2**16, 2**24, 2**30]))
+        flipped = bytes(byte ^ 1 << rng.integers(8) for byte in rest[:1])
+        new = (flipped + rest[1:], rng.bytes(1) + rest[1:], number + rest[4:], rng.bytes(length) + rest, some + rest, rest[length:], b"")
+        content = front + new[rng.integers(len(new))]
+    return content
+
+
+def inside(mutate, content):
+    """Mutate what is compressed: a gzip file, or the first element of a MATLAB file, at byte 128."""
+    if content[:2] == b"\x1f\x8b":
+        return gzip.compress(mutate(gzip.decompress(content)), 1)
+    (size,) = struct.unpack_from("<I", content, 132)
+    packed = zlib.compress(mutate(zlib.decompress(content[136 : 136 + size])), 1)
+    return content[:128] + struct.pack("<II", 15, len(packed)) + packed + content[136 + size :]
+
+
+SMALL_IDX = {f"{stem}-{kind}-ubyte": idx(np.zeros((9, 28, 28)[: 3 if "3" in kind else 1], np.uint8))
+             for stem in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")}  # fmt: skip
+FUZZED = {  # a data set, its files, and the one that is damaged
+    "IDX": ("mnist", SMALL_IDX, "train-images-idx3-ubyte"),
+    "IDX.gz": ("mnist", {f"{file}.gz": gzip.compress(content) for file, content in SMALL_IDX.items()}, "t10k-labels-idx1-ubyte.gz"),
+    "CIFAR": ("cifar10", CIFAR_FILES, "test_batch.bin"),
+    "CIFAR archive": ("cifar10", {"cifar-10-binary.tar.gz": gzip.compress(tar(CIFAR_FILES), 1)}, "cifar-10-binary.tar.gz"),
+    "MATLAB plain": ("svhn", {file: svhn_file(compressed=False, n=3)[2] for file in data.SVHN_FILES}, "test_32x32.mat"),
+    "MATLAB compressed": ("svhn", {file: svhn_file(n=3)[2] for file in data.SVHN_FILES}, "test_32x32.mat"),
+}
+
+
+@pytest.mark.parametrize("name, files, damaged", FUZZED.values(), ids=FUZZED)
+def test_a_damaged_file_is_read_or_refused(tmp_path, name, files, damaged):
+    """Nothing but Data or a DataError of one line, whatever the damage; what is compressed is damaged outside and inside."""
+    folder, rng = tmp_path / (data.CIFAR[name].folder if name in data.CIFAR else name), np.random.default_rng(0)
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    data.load(name, tmp_path)
+    refused = 0
+    for i in range(60):
+        content = files[damaged]
+        packed = "gz" in damaged or content[128:129] == b"\x0f"
+        content = inside(lambda b: mutated(b, rng), content) if packed and i % 2 else mutated(content, rng)
+        (folder / damaged).write_bytes(content)
+        try:
+            assert len(data.load(name, tmp_path).test_labels)
+        except data.DataError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(folder) in str(error)
+    assert 10 < refused < 60
 
 
 def test_downloads_are_checked_and_whole(tmp_path):
