@@ -629,8 +629,9 @@ def test_cifar_files_are_read(tmp_path, name, packed, capsys):
     folder.mkdir()
     if packed:
         hostile = {f"../../{known.folder}/{file}": content for file, (_, _, content) in files.items()}  # leads nowhere
-        others = tar_header("folder", 3, tarfile.DIRTYPE) + tar_header(known.test[0], 3, tarfile.LNKTYPE)  # no content
+        others = tar_header(known.test[0], 3, tarfile.LNKTYPE)  # has no content, nor has a folder
         others += tar_header("a comment", 700, tarfile.XHDTYPE) + tar_header(known.test[0], 512) + bytes(512)
+        others += tar_header("folder", 3, tarfile.DIRTYPE)
         (folder / known.archive).write_bytes(gzip.compress(tar(hostile, first=others, last=others)))
     else:
         for file, (_, _, content) in files.items():
@@ -777,10 +778,11 @@ SVHN_DAMAGE = {
     "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
     "no labels": (svhn_file(labels=[])[2], "y is float64 .0, 1. in 0 bytes, expected"),
     "no X": (svhn_file()[2][:128], "no X in it"),
+    "too many elements": (svhn_file()[2][:128] + bytes(8000) + svhn_file()[2][128:], "no X in it"),
     "no y": (svhn_file(compressed=False)[2][: 192 + 7 * 3072], "no y in it"),
     "X of other numbers": (plain([2, 7 * 3072], [3, 7 * 3072]), "X is int16"),
     "X of no numbers": (plain([2, 7 * 3072], [99, 7 * 3072]), "X is void8"),
-    "y of no numbers": (plain([9, 56], [14, 56]), "y is void8"),
+    "y of no numbers": (plain([9, 56], [14, 7]), "y is void8"),
     "X sparse": (svhn_file(X_flags=5)[2], "X is sparse, expected X uint8"),
     "X a cell array": (svhn_file(X_flags=1)[2], "X is a cell array, expected"),
     "y complex": (svhn_file(y_flags=0x806)[2], "y is complex, expected"),
@@ -892,11 +894,24 @@ def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
 def test_part_files_of_dead_processes_are_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    kept = {f"file.{os.getppid()}.part", "file.1.part", f"other.{dead.pid}.part", f"file.{10**30}.part", "file.part"}
-    for name in kept | {f"file.{dead.pid}.part"}:
+    kept = {f"a[1].{os.getppid()}.part", "a[1].1.part", f"other.{dead.pid}.part", f"a[1].{10**30}.part", "a[1].part"}
+    for name in kept | {f"a[1].{dead.pid}.part"}:
         (tmp_path / name).write_bytes(b"half")
+    data.write(tmp_path / "a[1]", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"a[1]"}
+
+
+def test_the_folder_is_synced_where_the_system_can(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        if len(synced) == 2:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
     data.write(tmp_path / "file", b"whole")
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"file"}
+    assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
