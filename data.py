@@ -666,7 +666,7 @@ def finished(folder):
     except OSError:
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error) as error:
-        raise DataError(f"{folder}: metrics.csv or result.json is damaged ({error!r:.80}); make the run again") from None
+        raise DataError(f"{folder}: metrics.csv or result.json is damaged ({error!r:.60}); run again") from None
     if any(None in row or None in row.values() for row in rows):  # a row of another length
         raise DataError(f"{folder}: metrics.csv is damaged; make the run again")
     if not curve:

@@ -52,7 +52,7 @@ EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch [C]
 
 # Every number of a method, one a line, named like its flag. A flag on the command line overrides it.
 # The first three columns are `--schedule default`: ours, minutes on two CPU cores, found on validation images; for
-# `natural` images, those with three channels, a guess for a GPU. The last two are `--schedule paper`: what is published.
+# `natural` images, those with three channels, a guess for a GPU. The last two are `--schedule paper`: as published.
 # The marks are those of these two columns: [P] text, [C] code, [I] ours, where neither says anything.
 # Ours everywhere [I]: --precision, bfloat16 for large networks where it is fast; images drawn with replacement.
 # fmt: off
@@ -372,8 +372,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
     """Make a set of images batch by batch, a file for each batch; then train S on the finished set.
 
     make_images(numbers of the images) -> images, soft labels, intended classes.
-    S learns T's outputs on the images as S sees them, augmented: ZSKD [C], the others as ZSKD [I]. T's outputs before the
-    augmentation would mislead it: synthetic images lose their class with small changes of their pixels.
+    S learns T's outputs on the images as S sees them, augmented: ZSKD [C], the others as ZSKD [I]. T's outputs before
+    the augmentation would mislead it: synthetic images lose their class with small changes of their pixels.
     The files hold float16. Its rounding, 1 part in 2000, is far below the noise that the images begin with [I].
     """
     optimiser_S, decay_S = student_optimiser(student, args)
@@ -383,7 +383,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
     run.samples = lambda: data.load_tensors(folder / "0.pt")["images"][:64]
     for turn in run.steps("images", args.images, each=args.image_batch):
         first = turn * args.image_batch
-        x, y, intended = make_images(torch.arange(first, min(first + args.image_batch, args.images), device=args.device))
+        index = torch.arange(first, min(first + args.image_batch, args.images), device=args.device)
+        x, y, intended = make_images(index)
         run.log(**label_shares(teacher(x), y, intended))
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
@@ -657,9 +658,9 @@ class Run:
             bad = (~values.isfinite()).nonzero()
             if len(bad):
                 turn, value = noted[bad[0]]
-                where = f"{turn + 1}" if each == 1 else f"{turn * each + 1} to {(turn + 1) * each}"
+                where = f"{stage} step {turn * each + 1}" + (f" to {(turn + 1) * each}" if each > 1 else "")
                 kept = "; the last good checkpoint is kept" if self.done else ""
-                raise RunError(f"{name} became {value:.3g} in stage {stage}, step {where}; try a lower learning rate{kept}")
+                raise RunError(f"{name} became {value:.3g} at {where}; try a lower learning rate{kept}")
             means[name] = values.double().mean().item()
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
@@ -713,8 +714,8 @@ def claimed(out, resume):
         if fcntl:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if any((out / name).is_file() for name in FILES) and not (resume and (out / "checkpoint.pt").exists()):
-            help = "has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
-            raise RunError(f"{out}: holds an earlier run; {help}, --out DIR begins elsewhere")
+            advice = "it has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
+            raise RunError(f"{out}: holds an earlier run; {advice}, --out DIR begins elsewhere")
         yield
     except BlockingIOError:
         raise RunError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None

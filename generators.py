@@ -339,7 +339,7 @@ def dirichlet_targets(weight, classes, beta):
 
 
 def rescaled(images, mean, std):
-    """The batch min-max rescaled to pixels in [0, 1]: ZSKD does so before every step [C], we after the last one too [I].
+    """The batch min-max rescaled to pixels in [0, 1]: ZSKD, before every step [C]; here, after the last one too [I].
 
     images (B, C, H, W) normalised with mean and std, (C, 1, 1) each -> the same form.
     """
@@ -452,9 +452,9 @@ def augmented(images, mirror):
 def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, factor=1.0, report=None):
     """x* = argmin_x objective(x) by Adam, from `images` (B, C, H, W) -> x*, the objective's last value.
 
-    `constrain`, x -> x, is applied after every step. With `settle` = 0.01, the optimisation ends when 50 steps bring less
-    than 1 % of the decrease so far. The gradient is multiplied by `factor`: how large it is beside Adam's eps depends on
-    the size of the batch, over which an objective is a mean. `report(step, value)` is called every 50 steps.
+    `constrain`, x -> x, is applied after every step. With `settle` = 0.01, it ends when 50 steps bring less than 1 % of
+    the decrease so far. `factor` multiplies the gradient: with the number of images, its size beside Adam's eps does
+    not depend on the batch, over which an objective is a mean. `report(step, value)` is called every 50 steps.
 
     Soft-target synthesis of the logits, in our form, for a teacher whose last layer is `last`:
         y = soft_labels(last.weight, torch.nn.Identity(), sigma, 20, 500)

@@ -112,8 +112,8 @@ def latent_balance_loss(z, logits):
 def balanced_latents(z, decoder, teacher, lr, train_decoder=False):
     """Category-balanced inference of memory samples: z takes one Adam step on `latent_balance_loss` [P, C].
 
-    z (B, d) ~ N(0, I) -> z (B, d) and the loss, both without gradient. `train_decoder` leaves the gradient of the loss, at the z that came
-    in, in the decoder's weights as well: the authors' code does not clear it before the VAE's step [C].
+    z (B, d) ~ N(0, I) -> z (B, d) and the loss, both without gradient. `train_decoder` leaves the gradient of the loss,
+    at the z that came in, in the decoder's weights too: the authors' code does not clear it before the VAE's step [C].
     """
     z = z.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([z], lr)
@@ -145,7 +145,7 @@ class PseudoReplay(nn.Module):
         return self.draw(count, teacher)[0]
 
     def draw(self, count, teacher, train_decoder=False):
-        """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's present mode [P, C] -> x_mem, its loss."""
+        """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's mode [P, C] -> x_mem, the loss of z."""
         decoder, L_balance = self.vae.decoder, None
         z = torch.randn(count, self.vae.latent_dim, device=decoder.linear.weight.device)
         if self.balanced:
