@@ -625,7 +625,7 @@ class Run:
         first = self.done.get(stage, 0)
         begun = self.shown = time.perf_counter()
         for turn in range(-(-first // each), -(-count // each)):
-            self.turn, self.place = turn, f"{stage:<10} {turn * each}/{count}"
+            self.turn, self.where = turn, f"{stage:<10} {turn * each}/{count}"
             yield turn
             done = min((turn + 1) * each, count)
             saves = done // every > turn * each // every or done == count
@@ -648,7 +648,7 @@ class Run:
         """Show what happens within a long round."""
         if self.due():
             self.shown = time.perf_counter()
-            show(f"{self.place}  {text}", keep=False)
+            show(f"{self.where}  {text}", keep=False)
 
     def save(self, stage, done, each, evaluate):
         """Check the losses since the last time, evaluate the student, save -> what to show."""
@@ -709,10 +709,10 @@ def claimed(out, resume):
     """Make the run's folder, see that it can be written, and hold it: two runs at once would mix their files."""
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
-    held = os.open(out, os.O_RDONLY) if fcntl else None
+    lock = os.open(out, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if any((out / name).is_file() for name in FILES) and not (resume and (out / "checkpoint.pt").exists()):
             advice = "it has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
             raise RunError(f"{out}: holds an earlier run; {advice}, --out DIR begins elsewhere")
@@ -721,7 +721,7 @@ def claimed(out, resume):
         raise RunError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
     finally:
         if fcntl:
-            os.close(held)
+            os.close(lock)
 
 
 def show(line, keep):
@@ -748,27 +748,18 @@ def flag(key):
     return f"--{key.replace('_', '-')}"
 
 
-def integer(least, most=2**31 - 1):
-    def parse(text):
-        value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
-        return value
+def number(kind, least, most=2**31 - 1, auto=False):
+    """argparse's type for a number of this kind within these bounds, or for the word `auto`."""
 
-    parse.__name__ = "integer"  # argparse says "invalid integer value"
-    return parse
-
-
-def number(zero=False, auto=False):
     def parse(text):
         if auto and text == "auto":
             return text
-        value = float(text)
-        if not 0 <= value < float("inf") or value == 0 and not zero:
-            raise argparse.ArgumentTypeError(f"{text} is not a {'number of at least 0' if zero else 'positive number'}")
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
 
-    parse.__name__ = "number"
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid number value"
     return parse
 
 
@@ -794,58 +785,59 @@ def parser():
     add("--teacher", metavar="FILE", help="the teacher's state dict; without it, one is trained and kept")
     add("--teacher-arch", metavar="NAME", help=f"{', '.join(models.NAMES)}, any wrn-D-K")
     add("--student-arch", metavar="NAME", help="the student's network (default: the papers' for this teacher)")
-    add("--num-classes", type=integer(2), metavar="K", help="a teacher without a data set: its classes")
-    add("--channels", type=integer(1), metavar="C", help="and the channels of its images")
+    add("--num-classes", type=number(int, 2), metavar="K", help="a teacher without a data set: its classes")
+    add("--channels", type=number(int, 1), metavar="C", help="and the channels of its images")
     add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
 
     add = top.add_argument_group("schedule").add_argument
     add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU; what is published")
-    add("--steps", type=integer(1), metavar="N", help="steps of the student, rounded up to whole rounds")
-    add("--student-steps", type=integer(1), metavar="N", help="student steps after each step of G (dafl, mskd, pre)")
-    add("--generator-steps", type=integer(1), metavar="N", help="steps of G before the student's first (rdskd)")
-    add("--batch", type=integer(2), metavar="N", help="images per step")
-    add("--latent", type=integer(1), metavar="D", help="dimension of the generator's latents z")
-    add("--width", type=integer(2), metavar="N", help="channels of G's first convolution; the second has half")
-    add("--generator-lr", type=number(), metavar="LR", help="learning rate of the generator")
-    add("--student-lr", type=number(), metavar="LR", help="learning rate of the student")
+    add("--steps", type=number(int, 1), metavar="N", help="steps of the student, rounded up to whole rounds")
+    add("--student-steps", type=number(int, 1), metavar="N", help="of the student after each of G (dafl, mskd, pre)")
+    add("--generator-steps", type=number(int, 1), metavar="N", help="steps of G before the student's first (rdskd)")
+    add("--batch", type=number(int, 2), metavar="N", help="images per step")
+    add("--latent", type=number(int, 1), metavar="D", help="dimension of the generator's latents z")
+    add("--width", type=number(int, 2), metavar="N", help="channels of G's first convolution; the second has half")
+    add("--generator-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the generator")
+    add("--student-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the student")
     add("--student-optimiser", choices=("adam", "sgd"), help="sgd: momentum 0.9, weight decay 5e-4")
     add("--student-decay", choices=("none", "cosine", "cycle", "drops"), help="of its rate: none, a cosine to 0, "
         f"15 %% up and then down, a tenth from steps {800 * EPOCH} and {1600 * EPOCH} on")  # fmt: skip
-    add("--decay-every", type=integer(1), metavar="N", help="student steps between moves of pre's cosine")
-    add("--temperature", type=number(), metavar="TAU", help="of the distillation loss (pre has none)")
-    add("--loss-weights", type=number(zero=True), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: L_ms "
+    add("--decay-every", type=number(int, 1), metavar="N", help="student steps between moves of pre's cosine")
+    add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss (pre has none)")
+    add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: L_ms "
         "for L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
-    add("--images", type=integer(8), metavar="N", help="images of the transfer set (soft-target, zskd, deepinversion)")
-    add("--image-batch", type=integer(8), metavar="N", help="images that are optimised together")
-    add("--image-steps", type=integer(1), metavar="N", help="steps that optimise an image, at most")
-    add("--image-lr", type=number(), metavar="LR", help="learning rate of the images")
+    add("--images", type=number(int, 8), metavar="N", help="size of the transfer set (soft-target, zskd, deepinversion)")
+    add("--image-batch", type=number(int, 8), metavar="N", help="images that are optimised together")
+    add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
+    add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
     add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions to their synthesis: {' '.join(OURS)}")
     add("--layer", choices=("auto", "fc2", "logits"), help="whose outputs soft-target models")
-    add("--sigma", type=number(auto=True), metavar="SIGMA", help=f"their deviation; auto makes T's L_oh {CERTAINTY}")
-    add("--eval-every", type=integer(1), metavar="N", help="student steps between evaluations, in whole rounds")
+    add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
+        help=f"their deviation (auto: the one that makes the teacher's L_oh {CERTAINTY})")
+    add("--eval-every", type=number(int, 1), metavar="N", help="student steps between evaluations, in whole rounds")
 
     add = top.add_argument_group("replay, for methods with a generator").add_argument
     add("--replay", choices=("none", "vae", "bank"), help="what brings earlier samples back")
-    add("--memory-latent", type=integer(1), metavar="D", help="latent dimension of the VAE")
-    add("--memory-width", type=integer(2), metavar="N", help="channels of the VAE's widest convolution")
-    add("--memory-lr", type=number(), metavar="LR", help="learning rate of the VAE")
-    add("--latent-lr", type=number(), metavar="LR", help="of balanced inference's step on latents")
-    add("--bank-size", type=integer(1), metavar="N", help="images that the bank holds at most")
+    add("--memory-latent", type=number(int, 1), metavar="D", help="latent dimension of the VAE")
+    add("--memory-width", type=number(int, 2), metavar="N", help="channels of the VAE's widest convolution")
+    add("--memory-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the VAE")
+    add("--latent-lr", type=number(float, 1e-12), metavar="LR", help="of balanced inference's step on latents")
+    add("--bank-size", type=number(int, 1), metavar="N", help="images that the bank holds at most")
     add("--teacher-term", action=switch, help="the teacher's outputs in the VAE's reconstruction loss")
     add("--balanced", action=switch, help="category-balanced inference of memory samples")
 
     add = top.add_argument_group("the teacher that is trained here").add_argument
-    add("--teacher-epochs", type=integer(1), metavar="N", help="epochs over the real training images")
-    add("--teacher-seed", type=integer(0), default=0, metavar="N", help="its seed (default: 0)")
+    add("--teacher-epochs", type=number(int, 1), metavar="N", help="epochs over the real training images")
+    add("--teacher-seed", type=number(int, 0), default=0, metavar="N", help="its seed (default: 0)")
     add("--teacher-dir", default="runs/teachers", metavar="DIR", help="where trained teachers are kept")
 
     add = top.add_argument_group("the run").add_argument
-    add("--seed", type=integer(0), default=0, metavar="N", help="seed of the distillation (default: 0)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of the distillation (default: 0)")
     add("--out", metavar="DIR", help="folder for the results (default: runs/DATASET-METHOD-SEED)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 if the processor has it")
-    add("--threads", type=integer(1), metavar="N", help="CPU threads; results depend on them in the last bits")
+    add("--threads", type=number(int, 1), metavar="N", help="CPU threads; results depend on them in the last bits")
 
     add = top.add_argument_group("finished runs: distil nothing").add_argument
     add("--plot", nargs="+", metavar="RUN", help="draw the accuracies of runs into --out (default: curves.svg)")
@@ -947,8 +939,6 @@ def fill_schedule(args, error):
             error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
     if args.ours:
         args.ours = tuple(args.ours)
-    if args.sigma not in (None, "auto") and not 1e-6 < args.sigma < 1e6:
-        error(f"--sigma {args.sigma:g}: not between 1e-6 and 1e6")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
     args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)
