@@ -770,7 +770,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     top = Parser(
-        prog="dfkd.py", allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 28, 120),
+        prog="dfkd.py", allow_abbrev=False, formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26),
         usage="dfkd.py [--method METHOD] [--dataset NAME] [FLAGS]",
         description="Distil a trained teacher into a smaller student without the data it was trained on.",
         epilog="A run prints its schedule first. All schedules stand at the top of dfkd.py.",
@@ -806,7 +806,7 @@ def parser():
     add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss (pre has none)")
     add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: L_ms "
         "for L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
-    add("--images", type=number(int, 8), metavar="N", help="size of the transfer set (soft-target, zskd, deepinversion)")
+    add("--images", type=number(int, 8), metavar="N", help="in the transfer set (soft-target, zskd, deepinversion)")
     add("--image-batch", type=number(int, 8), metavar="N", help="images that are optimised together")
     add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
