@@ -770,7 +770,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     top = Parser(
-        prog="dfkd.py", allow_abbrev=False, formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26),
+        prog="dfkd.py", allow_abbrev=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26),
         usage="dfkd.py [--method METHOD] [--dataset NAME] [FLAGS]",
         description="Distil a trained teacher into a smaller student without the data it was trained on.",
         epilog="A run prints its schedule first. All schedules stand at the top of dfkd.py.",
