@@ -570,16 +570,14 @@ class Run:
             self.resume()
 
     def resume(self):
-        self.saved = data.load_tensors(self.out / "checkpoint.pt")
-        try:
-            self.check_settings(self.saved["settings"])
-            self.done, self.rows = self.saved["done"], self.saved["rows"]
-            self.begun -= self.saved["seconds"]
-            before = self.saved["commit"]
-        except (KeyError, TypeError, AttributeError):
-            raise self.foreign() from None
-        if before != self.commit:
-            print(f"{self.out}: began with commit {before} of this program, goes on with {self.commit}")
+        saved = data.load_tensors(self.out / "checkpoint.pt")
+        if not sound_checkpoint(saved):
+            raise self.foreign()
+        self.check_settings(saved["settings"])
+        self.saved, self.done, self.rows = saved, saved["done"], saved["rows"]
+        self.begun -= saved["seconds"]
+        if saved["commit"] != self.commit:
+            print(f"{self.out}: began with commit {saved['commit']} of this program, goes on with {self.commit}")
 
     def foreign(self):
         return RunError(f"{self.out}/checkpoint.pt: not written by this version; begin elsewhere, with --out DIR")
@@ -652,16 +650,16 @@ class Run:
 
     def save(self, stage, done, each, evaluate):
         """Check the losses since the last time, evaluate the student, save -> what to show."""
-        means = {}
+        means, bad = {}, []
         for name, noted in self.terms.items():
             values = torch.stack([value for _, value in noted]).cpu()
-            bad = (~values.isfinite()).nonzero()
-            if len(bad):
-                turn, value = noted[bad[0]]
-                where = f"{stage} step {turn * each + 1}" + (f" to {(turn + 1) * each}" if each > 1 else "")
-                kept = "; the last good checkpoint is kept" if self.done else ""
-                raise RunError(f"{name} became {value:.3g} at {where}; try a lower learning rate{kept}")
             means[name] = values.double().mean().item()
+            bad += [(*noted[i], name) for i in (~values.isfinite()).nonzero()[:1]]
+        if bad:
+            turn, value, name = min(bad, key=lambda found: found[0])  # NaN spreads: the first one tells the most
+            where = f"{stage} step {turn * each + 1}" + (f" to {(turn + 1) * each}" if each > 1 else "")
+            kept = "; the last good checkpoint is kept" if self.done else ""
+            raise RunError(f"{name} became {value:.3g} at {where}; try a lower learning rate{kept}")
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
         self.done[stage] = done
@@ -702,6 +700,26 @@ class Run:
         data.save(self.out / "student.pt", {k: v.cpu() for k, v in student.items()})
         data.write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
+
+
+def sound_checkpoint(saved):
+    """Whether this has the form of a checkpoint; what its parts hold is seen when they are loaded."""
+    fields = dict(settings=dict, done=dict, rows=list, seconds=float, commit=(str, type(None)), parts=dict, random=dict)
+    if not isinstance(saved, dict) or not fields.keys() <= saved.keys():
+        return False
+    if not all(isinstance(saved[key], kind) for key, kind in fields.items()):
+        return False
+    if not all(isinstance(row, dict) and {"stage", "step", "accuracy"} <= row.keys() for row in saved["rows"]):
+        return False
+    plain = (str, int, float, tuple, list, type(None))
+    values = [*saved["settings"].values(), *(value for row in saved["rows"] for value in row.values())]
+    figures = [row["accuracy"] for row in saved["rows"] if row["accuracy"] is not None]
+    return (
+        all(type(n) is int and n >= 0 for n in saved["done"].values())
+        and all(isinstance(value, plain) for value in values)
+        and all(isinstance(figure, (int, float)) and 0 <= figure <= 100 for figure in figures)
+        and 0 <= saved["seconds"] < float("inf")
+    )
 
 
 @contextlib.contextmanager
