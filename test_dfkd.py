@@ -242,7 +242,7 @@ def test_sigma_makes_the_teacher_as_sure_as_asked():
 
 def test_dirichlet_targets():
     weight, k = torch.randn(10, 6), torch.arange(20_000) % 10
-    y = g.dirichlet_targets(weight, k)
+    y = g.dirichlet_targets(weight, k, torch.tensor([1.0, 0.1]).repeat_interleave(10_000))
     assert torch.allclose(y.sum(1), torch.ones(len(y)), atol=1e-5) and (y >= 0).all()
     smooth, sharp = y[:10_000], y[10_000:]
     assert sharp.max(1).values.mean() > smooth.max(1).values.mean() + 0.2
@@ -312,7 +312,8 @@ def test_synthesis_finds_the_minimum_and_keeps_its_terms():
     x, L = run(400, report=lambda step, loss: reports.append((step, loss)))
     assert torch.allclose(x, target, atol=0.01) and L < 1e-4 and not start.any() and not x.requires_grad
     assert [step for step, _ in reports] == list(range(50, 401, 50)) and reports[0][1] > 100 * reports[-1][1]
-    assert torch.allclose(run(20, slice(2))[0], run(20)[0][:2], atol=1e-5)  # whatever the size of the batch
+    small, large = run(20, slice(2), factor=2e-6)[0], run(20, factor=6e-6)[0]  # so small that Adam's eps counts
+    assert torch.allclose(small, large[:2], atol=1e-5) and not torch.allclose(small, run(20, slice(2))[0], atol=1e-2)
     assert run(400, constrain=lambda x: x.clamp(max=0.5))[0].max() == 0.5
     run(2000, settle=0.01, report=lambda step, loss: reports.append((step, loss)))
     assert 100 < reports[-1][0] < 500  # an early end
@@ -785,8 +786,8 @@ WEIGHTS = "--student-steps 2 --steps 4 --loss-weights 2 3 5"
 def test_the_generators_objective_is_the_sum_of_its_terms(watch, flags, third, more):
     logged = watch(flags)[0].logged
     L_G, L_oh, L_ie, L_3, *more = (logged["student", name] for name in ("L_G", "L_oh", "L_ie", third, *more))
-    total = 2 * np.array(L_oh) + 3 * np.array(L_ie) / math.log(10) + 5 * np.array(L_3) + sum(map(np.array, more))
-    assert L_G == pytest.approx(total, rel=1e-5)
+    total = 2 * np.array(L_oh) + 3 * np.array(L_ie) + 5 * np.array(L_3) + sum(map(np.array, more))
+    assert np.allclose(L_G, total, rtol=1e-5) and -1 <= min(L_ie) <= max(L_ie) <= 0  # log10: of 10 classes, -1 at least
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -846,7 +847,7 @@ def begun(watch, monkeypatch):
     def run(flags):
         batches = []
 
-        def synthesise(objective, x, steps, lr, constrain, settle, report):
+        def synthesise(objective, x, steps, lr, constrain, settle, factor, report):
             augmented = []
             with monkeypatch.context() as patch:
                 patch.setattr(g, "augmented", lambda x, mirror: augmented.append(x) or x)
@@ -856,7 +857,7 @@ def begun(watch, monkeypatch):
             at_work = dict(
                 smooth=(x[..., 1:] - x[..., :-1]).std() < x.std() / 2,
                 range=constrain is not None and torch.equal(constrain(zeros), zeros),
-                settle=settle > 0, augment=augmented, scale=L > 300,
+                settle=settle > 0, augment=augmented, scale=L > 300, sum=factor == len(x),
             )  # fmt: skip
             batches.append(Begun(x, constrain, {name for name, found in at_work.items() if found}))
             return x, torch.tensor(L)
@@ -870,7 +871,8 @@ def begun(watch, monkeypatch):
 
 
 @pytest.mark.parametrize("method, ours", [
-    ("soft-target", set(dfkd.OURS)), ("zskd", set(dfkd.OURS)), ("deepinversion", {"smooth", "range", "settle"}),
+    ("soft-target", set(dfkd.OURS)), ("zskd", set(dfkd.OURS) - {"scale"}),
+    ("deepinversion", {"smooth", "range", "settle", "sum"}),
 ])  # fmt: skip
 def test_nothing_of_ours_is_in_the_papers_synthesis_of_images(begun, method, ours):
     mean, std = GLYPHS.mean[0], GLYPHS.std[0]
@@ -887,10 +889,9 @@ def test_nothing_of_ours_is_in_the_papers_synthesis_of_images(begun, method, our
         assert constrain is None and x.mean() == pytest.approx(0, abs=0.05) and x.std() == pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.parametrize("method", ["soft-target", "zskd"])
 @pytest.mark.parametrize("name", dfkd.OURS)
-def test_each_of_ours_acts_by_itself(begun, method, name):
-    x, constrain, at_work = begun(f"--method {method} --schedule paper --ours {name}")
+def test_each_of_ours_acts_by_itself(begun, name):
+    x, constrain, at_work = begun(f"--method soft-target --schedule paper --ours {name}")
     assert at_work == {name}
     if name == "range":
         pixels = constrain(9 * torch.randn(8, 1, 32, 32)) * GLYPHS.std[0] + GLYPHS.mean[0]
@@ -920,7 +921,8 @@ def test_vae_shapes_and_size():
 def test_balanced_inference_balances():
     M, T = g.Generator(10, 1, width=8), models.build("lenet5").eval().requires_grad_(False)
     z = torch.randn(64, 10)
-    moved = replay.balanced_latents(z, M, T, 0.05)
+    moved, L_balance = replay.balanced_latents(z, M, T, 0.05)
+    assert L_balance.item() == pytest.approx(replay.latent_balance_loss(z, T(M(z))).item(), rel=1e-4)
     before, after = (T(M(v)) for v in (z, moved))
     assert replay.latent_balance_loss(moved, after) < replay.latent_balance_loss(z, before)
     assert (moved - z).abs().max().item() == pytest.approx(0.05, rel=1e-3)  # Adam's first step is lr sign(gradient)
@@ -928,7 +930,7 @@ def test_balanced_inference_balances():
     T.classifier.bias += 4 * F.one_hot(torch.tensor(0), 10) - T(M(z)).mean(0).detach()
     skewed = T(M(z))
     for _ in range(20):
-        z = replay.balanced_latents(z, M, T, 0.05)
+        z, _ = replay.balanced_latents(z, M, T, 0.05)
     assert g.information_entropy_loss(T(M(z))) < g.information_entropy_loss(skewed) - 0.1  # the entropy has risen
     assert all(p.grad is None for p in M.parameters())
 
@@ -937,7 +939,7 @@ def test_pseudo_replay_learns_its_images(glyphs_are_drawn_once):
     T = models.build("lenet5").eval().requires_grad_(False)
     memory = replay.PseudoReplay(replay.VAE(8, 1, width=8), 5e-3, 0.02)
     novel = data.normalise(glyphs_are_drawn_once.train_images[:32], GLYPHS)
-    losses = [memory.learn(novel, T, rehearse=step > 0).item() for step in range(60)]
+    losses = [memory.learn(novel, T, rehearse=step > 0)["L_vae"].item() for step in range(60)]
     assert losses[-1] < 0.8 * losses[0]
     x = memory.recall(16, T)
     assert x.shape == (16, 1, 32, 32) and not x.requires_grad
@@ -1596,15 +1598,16 @@ def test_every_term_of_every_stage_is_written(blind, tmp_path, method, memory):
     written = {}
     for row in rows_of(tmp_path):
         stage, *_ = (row.pop(name) for name in ("stage", "step", "accuracy", "seconds"))
-        finite = {name for name, value in row.items() if value and math.isfinite(float(value))}
-        assert written.setdefault(stage, finite) == finite
+        assert all(math.isfinite(float(value)) for value in row.values() if value)
+        written.setdefault(stage, set()).update(name for name, value in row.items() if value)
     expected = {"student": {"L_kd"}}
     if method in GENERATORS:
-        vae = {"L_vae"} if memory == "vae" else set()
+        vae = {"L_vae", "L_rec", "L_balance"} if memory == "vae" else set()
         stage = "generator" if method == "rdskd" else "student"
         expected[stage] = {"L_G", "L_oh", "L_ie", *TERMS[method], *vae}
     elif method in SYNTHESES:
-        expected["images"] = {"L_image", "agreement", "strayed"}
+        terms = {"soft-target": {"L_ce", "L_a"}, "zskd": set(), "deepinversion": {"L_ce", "L_tv"}}[method]
+        expected["images"] = {"L_x", "agreement", "strayed", *terms}
     assert written == expected
     size = {"bank": 5 * 32 * 32 * 4, "vae": sum(v.nbytes for v in replay.VAE(8, 1, width=4).state_dict().values())}
     assert result_of(tmp_path)["replay_bytes"] == size.get(memory, 0)
@@ -1724,7 +1727,7 @@ INTERRUPTED = {  # flags; the shares of the whole after which it is interrupted
     "rdskd": ("", (0.01, 0.2, 0.8)),  # before the first checkpoint, in the generator's stage, in the student's
     "rdskd with a VAE": (f"{VAE} --steps 9", (0.3, 0.8)),
     "rdskd with a bank": ("--replay bank --bank-size 9", (0.3, 0.8)),
-    "pre": (f"--method pre --student-steps 3 {VAE}", (0.3, 0.55, 0.9)),  # somewhere within a round
+    "pre": (f"--method pre --student-steps 3 {VAE}", (0.55, 0.7, 0.9)),  # somewhere within a round
     "dafl with a bank": ("--method dafl --student-steps 2 --replay bank --bank-size 9", (0.5,)),
     "soft-target": ("--method soft-target", (0.3, 0.8)),  # in the images' stage, in the student's
     "zskd": ("--method zskd", (0.4, 0.9)),
@@ -1863,7 +1866,7 @@ def test_a_transfer_set_that_is_gone(blind, tmp_path, capsys):
     assert blind(tmp_path, "--method zskd") == 0
     (tmp_path / "transfer" / "0.pt").unlink()
     assert blind(tmp_path, "--method zskd --resume") == 1
-    assert "0.pt" in (message := one_line(capsys.readouterr().err)) and "--out" in message
+    assert "0.pt: cannot be read (No such file" in one_line(capsys.readouterr().err)
 
 
 NAN = [  # flags, the function that gives NaN, the terms that may be named, with their stage
@@ -1874,7 +1877,7 @@ NAN = [  # flags, the function that gives NaN, the terms that may be named, with
     ("--method pre --student-steps 2", "js_disagreement_loss", "(L_G|L_js) became nan at student"),
     ("--method dafl --student-steps 2", "activation_loss", "(L_G|L_a) became nan at student"),
     (f"--method dafl --student-steps 2 {VAE}", "vae_loss", "(L_vae|L_kd) became nan at student"),
-    ("--method zskd", "soft_target_loss", "L_image became nan at images"),
+    ("--method zskd", "soft_target_loss", "L_x became nan at images"),
 ]
 
 
@@ -1890,7 +1893,7 @@ def test_nan_stops_the_run_and_names_the_term(blind, whole, tmp_path, monkeypatc
     monkeypatch.setattr(module, function, broken)
     assert blind(tmp_path, flags) == 1
     stopped = one_line(capsys.readouterr().err)
-    assert re.search(rf"{message} steps? \d+.* lower learning rate; the last good checkpoint is kept", stopped)
+    assert re.search(rf"{message} step \d+.* lower learning rate; the last good checkpoint is kept", stopped)
     monkeypatch.undo()
     assert blind(tmp_path, f"{flags} --resume") == 0  # from the last good checkpoint
     assert_same(whole(flags)[0], tmp_path)
@@ -2095,6 +2098,10 @@ def test_the_schedule_that_is_printed_makes_the_same_run(method, column):
     assert all(len(values) == len(dfkd.COLUMNS) for values in dfkd.SCHEDULES[method].values())
     kind = {"natural": "svhn"}.get(column.split()[-1], column.split()[-1])
     flags = f"--device cpu --method {method} --dataset {kind}"
+    if "paper" in column and method in ("mskd", "noise", "kd"):
+        with pytest.raises(SystemExit):  # nothing is published
+            dfkd.parse(f"{flags} --schedule paper".split())
+        return
     args = dfkd.parse(f"{flags} --schedule {'paper' if 'paper' in column else 'default'}".split())
     again = dfkd.parse([*flags.split(), *dfkd.schedule_text(args).split()[1:]])
     for key in dfkd.SCHEDULES[method]:
@@ -2115,7 +2122,7 @@ def test_schedules_follow_the_kind_of_data():
     steps = {name: numbers(f"--dataset {name}")["steps"] for name in ("glyphs", "mnist", "fashion-mnist")}
     assert steps == {"glyphs": 5000, "mnist": 12_000, "fashion-mnist": 12_000}
     rounds = numbers("--method pre --steps 25 --eval-every 25")
-    assert (rounds["steps"], rounds["eval_every"]) == (30, 20)  # rounds of 10 are whole
+    assert (rounds["steps"], rounds["eval_every"]) == (30, 30)  # rounds of 10 are whole
 
 
 def student_rates(flags, steps):
@@ -2210,7 +2217,7 @@ def test_damaged_data_is_one_line(command, mnist, capsys):
 
 
 def test_a_diverging_run_stops(blind, tmp_path, capsys):
-    assert blind(tmp_path, "--generator-lr 1e30") == 1
+    assert blind(tmp_path, "--generator-lr 1e9") == 1
     assert "lower learning rate" in one_line(capsys.readouterr().err)
 
 
