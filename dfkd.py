@@ -597,10 +597,13 @@ class Run:
             return
         try:
             for name, part in self.kept.items():
+                held = self.saved["parts"][name]
+                if not same_form(part if isinstance(part, torch.Tensor) else part.state_dict(), held):
+                    raise ValueError(name)  # torch's schedules and optimisers would take anything
                 if isinstance(part, torch.Tensor):
-                    part.copy_(self.saved["parts"][name])
+                    part.copy_(held)
                 else:
-                    part.load_state_dict(self.saved["parts"][name])
+                    part.load_state_dict(held)
             models.set_random_state(self.saved["random"], self.args.device)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -707,19 +710,29 @@ def sound_checkpoint(saved):
     fields = dict(settings=dict, done=dict, rows=list, seconds=float, commit=(str, type(None)), parts=dict, random=dict)
     if not isinstance(saved, dict) or not fields.keys() <= saved.keys():
         return False
-    if not all(isinstance(saved[key], kind) for key, kind in fields.items()):
+    settings, rows, plain = saved["settings"], saved["rows"], (str, int, float, tuple, list, type(None))
+    if not all(isinstance(saved[key], kind) for key, kind in fields.items()) or not saved["seconds"] >= 0:
         return False
-    if not all(isinstance(row, dict) and {"stage", "step", "accuracy"} <= row.keys() for row in saved["rows"]):
+    if not all(isinstance(row, dict) and {"stage", "step", "accuracy"} <= row.keys() for row in rows):
         return False
-    plain = (str, int, float, tuple, list, type(None))
-    values = [*saved["settings"].values(), *(value for row in saved["rows"] for value in row.values())]
-    figures = [row["accuracy"] for row in saved["rows"] if row["accuracy"] is not None]
-    return (
-        all(type(n) is int and n >= 0 for n in saved["done"].values())
-        and all(isinstance(value, plain) for value in values)
-        and all(isinstance(figure, (int, float)) and 0 <= figure <= 100 for figure in figures)
-        and 0 <= saved["seconds"] < float("inf")
-    )
+    values = [*settings.values(), *saved["done"].values(), *(value for row in rows for value in row.values())]
+    if not all(isinstance(value, plain) for value in values) or not all(isinstance(key, str) for key in settings):
+        return False
+    if not all(isinstance(row["stage"], str) and type(row["accuracy"]) in (float, type(None)) for row in rows):
+        return False
+    steps = {row["stage"]: row["step"] for row in rows}
+    return steps == saved["done"] and all(type(step) is int and step > 0 for step in steps.values())
+
+
+def same_form(a, b):
+    """Whether all that is in `a`, nested dicts, lists and tensors, is in `b` with the same types and shapes."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() <= b.keys() and all(same_form(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_form, a, b))
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout)
+    return type(a) is type(b)
 
 
 @contextlib.contextmanager
