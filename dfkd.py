@@ -779,8 +779,9 @@ def flag(key):
     return f"--{key.replace('_', '-')}"
 
 
-def number(kind, least, most=2**31 - 1, auto=False):
+def number(kind, least, most=None, auto=False):
     """argparse's type for a number of this kind within these bounds, or for the word `auto`."""
+    most = most or {int: 2**31 - 1, float: 1e38}[kind]
 
     def parse(text):
         if auto and text == "auto":
