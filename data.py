@@ -76,9 +76,8 @@ def load(name, data_dir="datasets"):
         arrays = cifar(name, Path(data_dir) / CIFAR[name].folder)
     else:
         arrays = idx_data_set(name, Path(data_dir) / name)
-    images, labels = arrays[0::2], arrays[1::2]
-    (train_x, test_x), (train_y, test_y) = map(to_32x32, images), map(torch.from_numpy, labels)
-    return Data(train_x, train_y, test_x, test_y)
+    train_x, train_y, test_x, test_y = arrays
+    return Data(to_32x32(train_x), torch.from_numpy(train_y).long(), to_32x32(test_x), torch.from_numpy(test_y).long())
 
 
 def to_32x32(images):
@@ -105,7 +104,7 @@ def mean_and_std(info, device):
 
 
 def cropped_and_mirrored(images):
-    """Each image at a random place of itself with a border of 4 zeros, half of them mirrored: for training on photographs.
+    """Each image at a random place of itself with a border of 4 zeros, half of them mirrored: for training on photos.
 
     uint8 (B, C, 32, 32) -> the same shape.
     """
@@ -113,7 +112,8 @@ def cropped_and_mirrored(images):
     padded = F.pad(images, (4, 4, 4, 4))
     rows, columns = torch.randint(9, (2, b, 1), device=device) + torch.arange(32, device=device)  # (B, 32) each
     columns = torch.where(torch.rand(b, 1, device=device) < 0.5, columns, columns.flip(1))
-    return padded[torch.arange(b, device=device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    each = torch.arange(b, device=device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------- glyphs: digits drawn from strokes
@@ -214,8 +214,6 @@ MIRRORS = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
     "cifar100": ("https://www.cs.toronto.edu/~kriz/",),
 }
-
-
 IDX_LIMIT = 60_000 * 28 * 28 + 2**20  # bytes; with room for the header, and for what gzip adds
 
 
@@ -230,7 +228,6 @@ def idx_data_set(name, folder):
         arrays.append(parse_idx(path, read(path, IDX_LIMIT), 3 if "images" in file else 1))
         if len(arrays) % 2 == 0:
             check_labels(path, *arrays[-2:], INFO[name].classes)
-    arrays[1::2] = [labels.astype(np.int64) for labels in arrays[1::2]]
     return arrays
 
 
@@ -238,10 +235,8 @@ def idx_data_set(name, folder):
 def opened(path, limit):
     """A file of at most `limit` bytes, opened for reading; what goes wrong while it is read becomes a DataError."""
     try:
-        if not path.is_file():
-            raise DataError(f"{path}: no plain file; put the right file there")
-        if path.stat().st_size > limit:
-            raise DataError(f"{path}: more than {limit} bytes, too large for this data set; put the right file there")
+        if not path.is_file() or path.stat().st_size > limit:  # a pipe would be waited for
+            raise DataError(f"{path}: no file, or one of more than {limit} bytes; put the right file there")
         with path.open("rb") as file:
             yield file
     except zlib.error as error:
@@ -385,9 +380,9 @@ def parse_cifar(path, content, known, classes):
     labels = records[:, known.label_bytes - 1]
     if labels.max() >= classes:
         n = int((labels >= classes).argmax())
-        raise DataError(f"{path}: label {labels[n]} at byte {n * size + known.label_bytes - 1}, expected 0 to {classes - 1}; "
-                        f"put the binary version there")  # fmt: skip
-    return records[:, known.label_bytes :].reshape(-1, 3, 32, 32), labels.astype(np.int64)
+        raise DataError(f"{path}: label {labels[n]} at byte {n * size + known.label_bytes - 1}, "
+                        f"expected 0 to {classes - 1}; put the binary version there")  # fmt: skip
+    return records[:, known.label_bytes :].reshape(-1, 3, 32, 32), labels
 
 
 # ---------------------------------------------------------------- SVHN: MATLAB 5 files
@@ -427,7 +422,7 @@ def svhn(folder):
 
 
 def parse_mat(path):
-    """The values of X and y in a MATLAB 5 file, flat: a header of 128 bytes, then elements, compressed ones or plain."""
+    """The values of X and y in a MATLAB 5 file, flat. It has a header of 128 bytes, then elements, some compressed."""
     held = {}
     with opened(path, 2**29) as file:
         header = file.read(520)
@@ -435,30 +430,32 @@ def parse_mat(path):
             raise DataError(f"{path}: a MATLAB 7.3 file, which is HDF5; save it with -v6 or -v7")
         order = {b"IM": "<", b"MI": ">"}.get(header[126:128])
         if order is None:
-            raise DataError(f"{path}: byte 126 holds {header[126:128].hex() or 'nothing'}, expected 494d or 4d49 (MATLAB 5); "
-                            f"put the right file there")  # fmt: skip
+            raise DataError(f"{path}: byte 126 holds {header[126:128].hex() or 'nothing'}, "
+                            f"expected 494d or 4d49 (MATLAB 5); put the right file there")  # fmt: skip
         end = file.seek(0, os.SEEK_END)
         for kind, size, begin in itertools.islice(mat_elements(file, order, 128), 1000):
             if begin + size > end:
-                raise DataError(f"{path}: {end - begin} bytes left at byte {begin}, expected {size}; delete it and run again")
+                raise DataError(f"{path}: ends at byte {end}, expected {begin + size}; delete it and run again")
             if kind in (14, 15):
                 mat_variable(path, functools.partial(matrix, file, kind, size, begin), order, held)
     return held
 
 
 def mat_elements(file, order, at):
-    """Yield (type, size, place) of the elements that follow each other in a MATLAB 5 file, or in an element, from `at` on.
+    """Yield (type, size, place) of the elements that follow each other from `at` on, in a file or a matrix.
 
     A tag is type and size, 4 bytes each; a short element has both in the first 4 bytes, 2 each, and its content in the
     others. Elements begin at multiples of 8 but for those behind compressed ones.
     """
-    while file.seek(at) == at and len(tag := file.read(8)) == 8:
+    file.seek(at)
+    while len(tag := file.read(8)) == 8:
         kind, size = struct.unpack(order + "II", tag)
         begin = at + 8
         if kind >> 16:
             kind, size, begin = kind & 0xFFFF, kind >> 16, at + 4
         yield kind, size, begin
         at = begin + size if kind == 15 else at + 8 * -(-(begin + size - at) // 8)
+        file.seek(at)
 
 
 def matrix(file, kind, size, begin, limit):
@@ -486,11 +483,10 @@ def mat_variable(path, first_bytes, order, held):
     dtype = np.dtype(order + MAT_TYPES.get(kind, "V1"))
     what = "complex" if flags & 0x800 else MAT_CLASSES.get(flags & 0xFF)
     fits = dtype == np.uint8 and len(shape) == 4 and shape[:3] == [32, 32, 3] if name == "X" else kind in MAT_TYPES
-    if what or not fits or not 0 < count <= SVHN_LIMITS[name]:
-        raise DataError(f"{path}: {name} is {what or f'{dtype.name} {tuple(shape)}'}, expected X uint8 (32, 32, 3, N) and y (N, 1), "
+    if what or not fits or not 0 < count <= SVHN_LIMITS[name] or size != count * dtype.itemsize:
+        what = what or f"{dtype.name} {tuple(shape)} in {size} bytes"
+        raise DataError(f"{path}: {name} is {what}, expected X uint8 (32, 32, 3, N) and y (N, 1), "
                         f"N at most {SVHN_LIMITS['y']}; put the right file there")  # fmt: skip
-    if size != count * dtype.itemsize:
-        raise DataError(f"{path}: {name} {tuple(shape)} in {size} bytes; delete it and run again")
     content = first_bytes(begin + size + 8)
     if not begin + size <= len(content) < begin + size + 8:  # a multiple of 8
         raise DataError(f"{path}: {name} ends early or late; delete it and run again")
@@ -538,7 +534,7 @@ def compare_with_published(path, checksum):
 
 
 def write(path, content):
-    """Write a file so that it is there whole or not at all, after a power cut too; remove what killed processes left of it."""
+    """Write a file so that it is there whole or not at all, after a power cut too; remove what killed runs left."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
     try:
         with part.open("wb") as file:
@@ -579,7 +575,7 @@ def save(path, tensors):
     """torch.save any structure of tensors and plain values; `load_tensors` reads it."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
-    write(path, buffer.getvalue())
+    write(path, buffer.getbuffer())  # no copy
 
 
 def load_tensors(path):
@@ -589,7 +585,8 @@ def load_tensors(path):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:  # torch.load raises whatever the damaged bytes lead to
-        raise DataError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), or a damaged one") from None
+        raise DataError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), "
+                        f"or a damaged one") from None  # fmt: skip
 
 
 def csv_rows(rows):
@@ -619,15 +616,17 @@ def png(images, columns=8):
 
 
 def svg_curves(runs, x_label="student step"):
-    """Curves in percent, [(name, [(x, y), ...]), ...], as the bytes of one SVG picture; equal names share colour and label.
+    """Curves in percent, [(name, [(x, y), ...]), ...], as the bytes of one SVG picture.
 
+    Equal names share one colour and one label.
     The vertical axis begins at the lowest y of the runs' second halves: what is below it, a run's beginning, is cut.
     """
     last = max(run[-1][0] for _, run in runs)
     top = max(y for _, run in runs for _, y in run)
     bottom = min(y for _, run in runs for _, y in run[len(run) // 2 :])
     bottom -= max(top - bottom, 0.1) / 10
-    width, height, colours = 640, 360, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999")
+    width, height = 640, 360
+    colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999"))
 
     def place(x, y):
         return f"{50 + (width - 60) * x / (last or 1):.1f},{20 + (height - 50) * (top - y) / (top - bottom):.1f}"
@@ -635,16 +634,17 @@ def svg_curves(runs, x_label="student step"):
     def label(x, y, text, more=""):
         return f'<text x="{x}" y="{y}" {more}text-anchor="end">{html.escape(text)}</text>'
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-             '<rect width="100%" height="100%" fill="white"/>',
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+             'font-size="12">', '<rect width="100%" height="100%" fill="white"/>',
              f'<clipPath id="axes"><rect x="50" y="15" width="{width - 55}" height="{height - 45}"/></clipPath>',
              f'<path d="M50 20V{height - 30}H{width - 10}" fill="none" stroke="#888"/>',
              label(45, 24, f"{top:.1f} %"), label(45, height - 30, f"{bottom:.1f} %"),
              label(width - 10, height - 12, f"{x_label} {last}")]  # fmt: skip
-    groups = dict(zip(dict.fromkeys(name for name, _ in runs), itertools.cycle(colours)))
+    groups = dict(zip(dict.fromkeys(name for name, _ in runs), colours))
     for name, run in runs:
         points = " ".join(place(*point) for point in run)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{groups[name]}" stroke-width="1.5" clip-path="url(#axes)"/>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{groups[name]}" stroke-width="1.5" '
+                     'clip-path="url(#axes)"/>')  # fmt: skip
     for i, (name, colour) in enumerate(groups.items()):
         parts.append(label(width - 14, height - 40 - 16 * i, name, f'fill="{colour}" '))
     return "\n".join([*parts, "</svg>\n"]).encode()
@@ -666,7 +666,7 @@ def finished(folder):
     except OSError:
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error) as error:
-        raise DataError(f"{folder}: metrics.csv or result.json is damaged ({error!r:.80}); make the run again") from None
+        raise DataError(f"{folder}: metrics.csv or result.json is damaged ({error!r:.60}); run again") from None
     if any(None in row or None in row.values() for row in rows):  # a row of another length
         raise DataError(f"{folder}: metrics.csv is damaged; make the run again")
     if not curve:

@@ -2,7 +2,7 @@
 
 Read it with the papers beside it. Every docstring gives the formula and says where it comes from:
     [P] the paper's text,  [C] the authors' public code,  [I] our reading where neither settles it.
-To use a term elsewhere, copy its function: it needs torch and, at most, another function named in its body.
+To use a term elsewhere, copy its function and those that its body names; it needs torch and nothing else.
 
 Notation (one for all papers)
     T, S, G    teacher (frozen, eval mode), student, generator
@@ -45,7 +45,7 @@ class UpsampleConv2d(nn.Conv2d):
         y[n] = sum_i v[n - 2i + 1] x[i],   v = (w2, w1 + w2, w0 + w1, w0),
     a transposed convolution of stride 2, padding 1 and kernel v = U w; in two dimensions v = U w U^T. It is the same
     function with 4 instead of 9 multiplications per weight and pixel. The weight keeps its 3 x 3 shape.
-    There is no bias: the BatchNorm that follows would take it out again.
+    There is no bias: the BatchNorm that follows would take it out again [I].
     """
 
     def __init__(self, inputs, outputs):
@@ -126,7 +126,7 @@ def uniform_weights(net, bound):
 def one_hot_loss(logits):
     """L_oh = CE(t, argmax_k t), batch mean: small when the teacher is sure of each sample (authenticity).
 
-    logits (B, K) -> scalar in [0, log K]. RDSKD, DAFL and PRE-DFKD [P, C].
+    logits (B, K) -> scalar in [0, log K]. RDSKD, DAFL and PRE-DFKD [C].
     """
     return F.cross_entropy(logits, logits.argmax(1))
 
@@ -145,7 +145,7 @@ def information_entropy_loss(logits):
 def activation_loss(features):
     """L_a = -mean |f| over batch and features: small when features are as strong as on real data.
 
-    features (B, D) -> scalar. DAFL [P, C], used by PRE-DFKD [C] and by soft-target synthesis [P].
+    features (B, D) -> scalar. DAFL and PRE-DFKD [C], soft-target synthesis [P].
     """
     return -features.abs().mean()
 
@@ -191,8 +191,8 @@ def rdskd_loss(images, logits, reference):
     """L_G = exp(L_oh - L_oh') + exp(L_ie - L_ie') + L_ds: RDSKD's generator objective, which has no weights to tune.
 
     images (B, C, H, W), logits (B, K), reference = (L_oh', L_ie') -> scalar. The reference values are constants, seen
-    earlier in training: an increase over them costs exponentially, a decrease earns little [P]. When to renew them is
-    the loop's affair: `rdskd` in dfkd.py. [C]
+    earlier in training: an increase over them costs exponentially, a decrease earns little [P]. The form is [C].
+    The loop, `dfkd.rdskd`, renews them.
     """
     L_oh, L_ie = one_hot_loss(logits), information_entropy_loss(logits)
     return (L_oh - reference[0]).exp() + (L_ie - reference[1]).exp() + diversity_seeking_loss(images, logits)
@@ -214,7 +214,7 @@ def mode_seeking_loss(images, z):
     """1 / ( ||x_2 - x_1|| / ||z_2 - z_1|| + 1e-5 ): small when different latents give different images.
 
     images (B, C, H, W), z (B, d) -> scalar >= 0. Halves and norms as in `diversity_seeking_loss` [I].
-    The 1e-5 is that of Mao et al.'s code [C], where the norms are mean absolute differences.
+    The term is Mao et al.'s; its form here and the 1e-5 are ours [I].
     """
     half = len(images) // 2
     distance_x = vector_norm(images[half : 2 * half] - images[:half])
@@ -274,6 +274,7 @@ def feature_distribution(weight, sigma):
     return MultivariateNormal(torch.zeros_like(R[0]), scale_tril=torch.linalg.cholesky(covariance))
 
 
+@torch.no_grad()
 def feature_scale(weight, rest, certainty, count=4000):
     """The sigma at which the teacher's L_oh on sampled features h is `certainty`, found by bisection [I].
 
@@ -290,13 +291,17 @@ def feature_scale(weight, rest, certainty, count=4000):
     for _ in range(30):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if one_hot_loss(rest(middle * h)) < certainty else (middle, high)
+    if not 2e-3 < middle < 5e2:
+        raise ValueError(f"no sigma makes the teacher's L_oh {certainty}")
     return middle
 
 
+@torch.no_grad()
 def soft_labels(weight, rest, sigma, temperature, count):
     """y = softmax(rest(h) / tau), h ~ N(0, sigma^2 R): soft targets from one distribution over all classes [P].
 
-    weight (D, M) of the modelled layer, rest: h (B, D) -> logits (B, K), the rest of the teacher -> (count, K).
+    weight (D, M) of the modelled layer -> (count, K). rest: h (B, D) -> logits (B, K) is what follows that layer in the
+    teacher, from its activation on, in eval mode.
     """
     h = feature_distribution(weight, sigma).sample((count,))
     return (rest(h) / temperature).softmax(1)
@@ -305,8 +310,8 @@ def soft_labels(weight, rest, sigma, temperature, count):
 def soft_target_loss(logits, targets, temperature):
     """CE( y, softmax(T(x)/tau) ), batch mean: small when the teacher's output on x is the soft target y.
 
-    logits (B, K) = T(x), targets y (B, K) distributions -> scalar, at least H(y). tau = 20.
-    ZSKD minimises it alone [C]; soft-target synthesis adds lambda_a L_a [P].
+    logits (B, K) = T(x), targets y (B, K) distributions -> scalar, at least H(y).
+    ZSKD minimises it alone, tau = 20 [C]. Soft-target synthesis adds lambda_a L_a, tau = 20 [P].
     """
     return F.cross_entropy(logits / temperature, targets)
 
@@ -317,27 +322,24 @@ def soft_target_loss(logits, targets, temperature):
 def dirichlet_concentrations(weight):
     """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
 
-    weight (K, M) of the teacher's last layer -> (K, K). ZSKD [P, C].
+    weight (K, M) of the teacher's last layer -> (K, K). ZSKD [C].
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)
     return (cosine - low) / (high - low).clamp_min(1e-12)  # rows that are all alike give 0, not 0/0
 
 
-def dirichlet_targets(weight, classes):
-    """y ~ Dirichlet(beta c_k + 1e-4), k the intended class; beta = 1 for the first half of the batch, then 0.1.
+def dirichlet_targets(weight, classes, beta):
+    """y ~ Dirichlet(beta c_k + 1e-4), k the intended class: ZSKD's soft labels [C].
 
-    weight (K, M) of the teacher's last layer, classes (B,) -> targets (B, K). ZSKD: the two values of beta are [P].
-    In the public code the 0.1 has no effect, because the rows are scaled to [0, 1] again before use [C].
+    weight (K, M) of the teacher's last layer, classes (B,), beta (B,) -> (B, K). Half of a transfer set has beta = 1,
+    half 0.1 [P]. In the public code the 0.1 has no effect: the rows are scaled to [0, 1] again before use [C].
     """
-    half = len(classes) // 2
-    beta = torch.ones(len(classes), 1, device=weight.device)
-    beta[half:] = 0.1
-    return Dirichlet(beta * dirichlet_concentrations(weight)[classes] + 1e-4).sample()
+    return Dirichlet(beta[:, None] * dirichlet_concentrations(weight)[classes] + 1e-4).sample()
 
 
 def rescaled(images, mean, std):
-    """The batch min-max rescaled to pixels in [0, 1]: ZSKD does so before every step [C].
+    """The batch min-max rescaled to pixels in [0, 1]: ZSKD, before every step [C]; here, after the last one too [I].
 
     images (B, C, H, W) normalised with mean and std, (C, 1, 1) each -> the same form.
     """
@@ -411,20 +413,20 @@ def rolled(images):
 # ---------------------------------------------------------------- images optimised towards their targets
 
 
-def balanced_classes(first, count, num_classes):
-    """The classes of images `first` to `first + count` of a transfer set in which each class is as frequent: (count,).
+def balanced_classes(index, num_classes):
+    """The classes of images number `index` (B,) of a transfer set: each class is as frequent as any other.
 
-    ZSKD's and DeepInversion's code balance them [C].
+    ZSKD and DeepInversion balance them [C]; in which order is ours [I].
     """
-    return torch.arange(first, first + count) % num_classes
+    return index % num_classes
 
 
-def smooth_noise(count, channels, image_size=32):
+def smooth_noise(count, channels, image_size=32, device="cpu"):
     """Weak noise drawn on an 8 x 8 grid and enlarged to images (count, C, H, W): where our images begin [I].
 
     Some of the beginning is left in a finished image, and S learns more from images that look less like noise.
     """
-    noise = 0.5 * torch.randn(count, channels, 8, 8)
+    noise = 0.5 * torch.randn(count, channels, 8, 8, device=device)
     return F.interpolate(noise, size=(image_size, image_size), mode="bilinear")
 
 
@@ -432,10 +434,11 @@ def augmented(images, mirror):
     """Images sampled on grids turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
 
     images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped.
-    ZSKD augments lightly what S sees [C]. Soft-target synthesis does as ZSKD [I]. The ranges are ours [I].
+    ZSKD augments what S sees [C]. Soft-target synthesis does as ZSKD [I]. The ranges are ours [I].
     """
+
     def uniform(low, high):
-        return torch.empty(len(images), device=images.device).uniform_(low, high)
+        return torch.empty(len(images), dtype=images.dtype, device=images.device).uniform_(low, high)
 
     angle, scale = uniform(-math.pi / 9, math.pi / 9), uniform(0.8, 1.2)
     flip = uniform(-1, 1).sign() if mirror else torch.ones_like(scale)
@@ -446,11 +449,17 @@ def augmented(images, mirror):
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, report=None):
+def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, factor=1.0, report=None):
     """x* = argmin_x objective(x) by Adam, from `images` (B, C, H, W) -> x*, the objective's last value.
 
-    objective(x) is a mean over the batch. `constrain`, x -> x, is applied after every step. With `settle` = 0.01, the
-    optimisation ends when 50 steps bring less than 1 % of the decrease so far. `report(step, loss)` is called every 50.
+    `constrain`, x -> x, is applied after every step. With `settle` = 0.01, it ends when 50 steps bring less than 1 % of
+    the decrease so far. `factor` multiplies the gradient: with the number of images, its size beside Adam's eps does
+    not depend on the batch, over which an objective is a mean. `report(step, value)` is called every 50 steps.
+
+    Soft-target synthesis of the logits, in our form, for a teacher whose last layer is `last`:
+        y = soft_labels(last.weight, torch.nn.Identity(), sigma, 20, 500)
+        x, _ = synthesise(lambda x: 400 * soft_target_loss(teacher(augmented(x, mirror=False)), y, 20),
+                          smooth_noise(500, channels=1), steps=100, lr=0.1, factor=500)
     """
     x = images.clone(memory_format=torch.channels_last).requires_grad_()
     optimiser = torch.optim.Adam([x], lr)
@@ -458,7 +467,7 @@ def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, report=
     for step in range(1, steps + 1):
         optimiser.zero_grad()
         L = objective(x)
-        (len(x) * L).backward(inputs=[x])  # the sum: Adam's eps beside a gradient must not depend on the batch [I]
+        (factor * L).backward(inputs=[x])
         optimiser.step()
         if constrain:
             x.data = constrain(x.data)

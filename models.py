@@ -6,10 +6,10 @@
 
 Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer, and `split(layer)`
 gives the way from the outputs of an inner layer to the logits.
-The LeNets and AlexNets are those of DAFL's and ZSKD's code [C]; test_dfkd.py holds the parameter counts.
+AlexNet is that of ZSKD's code [C]; test_dfkd.py holds the parameter counts.
 
 References
-    LeNet-5        LeCun et al. 1998, with the widths of DAFL's code     https://arxiv.org/abs/1904.01186
+    LeNet-5        LeCun et al. 1998, as DAFL has it                     https://arxiv.org/abs/1904.01186
     AlexNet        Krizhevsky et al. 2012, as ZSKD's code adapts it      https://arxiv.org/abs/1905.08114
     ResNet         He et al. 2016, the CIFAR form                        https://arxiv.org/abs/1512.03385
     WRN-d-k        Zagoruyko & Komodakis 2016                            https://arxiv.org/abs/1605.07146
@@ -41,6 +41,7 @@ class Classifier(nn.Module):
     """
 
     bf16 = False
+    modelled = "logits"  # the layer that soft-target synthesis models: FC-2 where there is one [P], else the logits [I]
 
     def forward(self, x, return_features=False):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
@@ -64,6 +65,8 @@ class Classifier(nn.Module):
 
 class LeNet5(Classifier):
     """LeNet-5 with widths (6, 16, 120, 84), or half of them; ReLU and max pooling."""
+
+    modelled = "fc2"
 
     def __init__(self, widths, num_classes, channels):
         super().__init__()
@@ -91,6 +94,8 @@ class LeNet5(Classifier):
 
 class AlexNet(Classifier):
     """AlexNet for 32 x 32 images with ZSKD's widths (48, 128, 192, 192, 128, 512, 256), or half of them."""
+
+    modelled = "fc2"
 
     def __init__(self, widths, num_classes, channels):
         super().__init__()

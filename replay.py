@@ -37,8 +37,8 @@ class Encoder(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, eps=0.8)
         self.conv3 = nn.Conv2d(width, width, 3, stride=2, padding=1)
         self.bn3 = nn.BatchNorm2d(width)
-        self.mu = nn.Linear(width * (image_size // 8) ** 2, latent_dim)
-        self.log_var = nn.Linear(width * (image_size // 8) ** 2, latent_dim)
+        self.mu = nn.Linear(width * (-(-image_size // 8)) ** 2, latent_dim)
+        self.log_var = nn.Linear(width * (-(-image_size // 8)) ** 2, latent_dim)
 
     def forward(self, x):
         x = F.normalize(x, p=2, dim=2)
@@ -112,15 +112,15 @@ def latent_balance_loss(z, logits):
 def balanced_latents(z, decoder, teacher, lr, train_decoder=False):
     """Category-balanced inference of memory samples: z takes one Adam step on `latent_balance_loss` [P, C].
 
-    z (B, d) ~ N(0, I) -> (B, d), without gradient. `train_decoder` leaves the gradient of the loss, at the z that came
-    in, in the decoder's weights as well: the authors' code does not clear it before the VAE's step [C].
+    z (B, d) ~ N(0, I) -> z (B, d) and the loss, both without gradient. `train_decoder` leaves the gradient of the loss,
+    at the z that came in, in the decoder's weights too: the authors' code does not clear it before the VAE's step [C].
     """
     z = z.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([z], lr)
-    moved = [z, *decoder.parameters()] if train_decoder else [z]
-    latent_balance_loss(z, teacher(decoder(z))).backward(inputs=moved)
+    loss = latent_balance_loss(z, teacher(decoder(z)))
+    loss.backward(inputs=[z, *decoder.parameters()] if train_decoder else [z])
     optimiser.step()
-    return z.detach()
+    return z.detach(), loss.detach()
 
 
 class PseudoReplay(nn.Module):
@@ -142,27 +142,28 @@ class PseudoReplay(nn.Module):
     def recall(self, count, teacher):
         """Memory samples for S, (count, C, H, W), no gradient."""
         self.vae.eval()
-        return self.draw(count, teacher)
+        return self.draw(count, teacher)[0]
 
     def draw(self, count, teacher, train_decoder=False):
-        """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's present mode [P, C]."""
-        decoder = self.vae.decoder
+        """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's mode [P, C] -> x_mem, the loss of z."""
+        decoder, L_balance = self.vae.decoder, None
         z = torch.randn(count, self.vae.latent_dim, device=decoder.linear.weight.device)
         if self.balanced:
-            z = balanced_latents(z, decoder, teacher, self.latent_lr, train_decoder)
+            z, L_balance = balanced_latents(z, decoder, teacher, self.latent_lr, train_decoder)
         with torch.no_grad():
-            return decoder(z)
+            return decoder(z), L_balance
 
     def learn(self, novel, teacher, rehearse):
-        """One step of E and M on half of the novel batch and, with `rehearse`, B/8 samples of their own -> L_vae.
+        """One step of E and M on half of the novel batch and, with `rehearse`, B/8 samples of their own -> loss terms.
 
         E moves on L_vae. M moves on L_vae plus the balance objective of the rehearsed samples [C].
         """
         self.vae.train()
         self.optimiser.zero_grad()
-        x = novel[: (len(novel) + 1) // 2]
+        x, L_balance = novel[: (len(novel) + 1) // 2], None
         if rehearse:
-            x = torch.cat([x, self.draw(share(novel), teacher, train_decoder=True)])
+            x_mem, L_balance = self.draw(memory_count(novel), teacher, train_decoder=True)
+            x = torch.cat([x, x_mem])
         x_hat, mu, log_var = self.vae(x)
         if self.teacher_term:
             L_rec = reconstruction_loss(x, x_hat, teacher(x), teacher(x_hat))
@@ -171,7 +172,7 @@ class PseudoReplay(nn.Module):
         L_vae = vae_loss(L_rec, mu, log_var)
         L_vae.backward()
         self.optimiser.step()
-        return L_vae.detach()
+        return dict(L_vae=L_vae.detach(), L_rec=L_rec.detach(), L_balance=L_balance)
 
     def get_extra_state(self):
         return self.optimiser.state_dict()
@@ -180,7 +181,7 @@ class PseudoReplay(nn.Module):
         self.optimiser.load_state_dict(state)
 
 
-def share(novel):
+def memory_count(novel):
     """B/8, the number of memory samples beside B novel ones [C]; at least 2, for the batch statistics [I]."""
     return max(2, len(novel) // 8)
 
@@ -211,12 +212,13 @@ class Bank(nn.Module):
 
     def learn(self, novel, teacher, rehearse):
         """Store B/8 novel images: in free places first, then in place of random earlier ones. There is no loss."""
-        x = novel[: min(share(novel), len(self.images))]
+        x = novel[: min(memory_count(novel), len(self.images))]
         free = min(len(x), len(self.images) - self.filled)
         places = torch.arange(self.filled, self.filled + free, device=x.device)
         others = torch.randperm(self.filled, device=x.device)[: len(x) - free]
         self.images[torch.cat([places, others])] = x.detach()
         self.filled += free
+        return {}
 
     def get_extra_state(self):
         return self.filled
