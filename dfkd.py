@@ -1082,7 +1082,7 @@ def real_images(real, info, args):
 
 def summary(result, out):
     print()
-    if result["accuracy_last"] is not None:
+    if result["teacher_accuracy"] is not None:
         evaluations = -(-result["steps"] // result["args"]["eval_every"])
         print(f"teacher  {result['teacher']:<12} {result['teacher_accuracy']:.2f} %")
         print(f"student  {result['student']:<12} {result['accuracy_last']:.2f} % at the last step")

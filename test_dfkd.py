@@ -2271,6 +2271,8 @@ class Stopwatch(Recorder):
         for step in range(count + 1):
             begun = time.perf_counter()
             yield step
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - begun))
         self.logged[stage] = float(np.median(times[1:]))
 
@@ -2311,20 +2313,20 @@ def test_the_benchmark_times_both_paths(path, monkeypatch):
     monkeypatch.setattr(nn.Module, "__call__", lambda net, *x, **more: made.append(type(net)) or real(net, *x, **more))
     monkeypatch.setattr(dfkd, "minimise", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert step_times(path, 2, "--batch 8 --width 8") == (5000, 1000)
+    assert step_times(path, 2, "--device cpu --batch 8 --width 8") == (5000, 1000)
     assert (g.UpsampleConv2d in made, PlainGenerator in made) == ((False, True) if path == "plain" else (True, False))
 
 
 def step_times(path, steps, more=""):
     """Milliseconds of one generator step and one student step of `dfkd.rdskd`, batch 512, the paper's networks."""
-    flags = f"--device cpu --schedule paper --dataset mnist --generator-steps {steps} --steps {steps} {more}"
+    flags = f"--schedule paper --dataset mnist --generator-steps {steps} --steps {steps} {more}"
     args = dfkd.parse(f"{flags} {'--precision fp32' if path == 'plain' else ''}".split())
     watch, ours = Stopwatch(), dfkd.image_generator
-    teacher, student = models.build("lenet5"), models.build("lenet5_half")
+    teacher, student = models.build("lenet5").to(args.device), models.build("lenet5_half").to(args.device)
     teacher.eval().requires_grad_(False)
 
     def plain_generator(info, args):
-        G = PlainGenerator(args.latent, args.width)
+        G = PlainGenerator(args.latent, args.width).to(args.device)
         return G, models.adam(G, args.generator_lr)
 
     if path == "plain":
@@ -2338,27 +2340,30 @@ def step_times(path, steps, more=""):
     return watch.logged["generator"], watch.logged["student"]
 
 
-def bare_rate(dtype):
+def bare_rate(dtype, device):
     """GFLOP/s of the generator's larger convolution alone, forward, in the form and precision that G computes it in."""
-    x = torch.randn(512, 128, 16, 16).to(dtype, memory_format=torch.channels_last)
-    v = torch.randn(128, 64, 4, 4).to(dtype)
+    x = torch.randn(512, 128, 16, 16).to(device, dtype, memory_format=torch.channels_last)
+    v = torch.randn(128, 64, 4, 4).to(device, dtype)
     times = []
     with torch.inference_mode():
         for _ in range(6):
             begun = time.perf_counter()
             F.conv_transpose2d(x, v, stride=2, padding=1)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
     return 512 * 1024 * 128 * 64 * 4 * 2 / np.median(times[1:]) / 1e9
 
 
 def bench():
-    """Time the default path against plain float32 NCHW: the same loop, the same networks, one process, on the CPU."""
+    """Time the default path against plain float32 NCHW: the same loop, the same networks, one process."""
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "?")
-    precision = dfkd.parse(["--device", "cpu"]).precision
-    print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, default precision {precision}")
+    args = dfkd.parse([])
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor}, {args.threads} threads"
+    print(f"{where}, torch {torch.__version__}, default precision {args.precision}")
     print("RDSKD, batch 512, generator of width 128, LeNet-5 -> half; median milliseconds per step")
     plain, default = step_times("plain", 3), step_times("default", 8)
-    rate = bare_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
+    rate = bare_rate(torch.bfloat16 if args.precision == "bf16" else torch.float32, args.device)
     # multiplications and additions of the three convolutions per image as computed, with 4 taps after upsampling
     work = 512 * 2 * (16**2 * 128 * 128 * 4 + 32**2 * 128 * 64 * 4 + 32**2 * 64 * 9) / 1e9
     for name, passes, a, b in zip(("generator", "student"), (3, 1), plain, default):
