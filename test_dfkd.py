@@ -1906,6 +1906,31 @@ def test_a_full_disk_keeps_what_was_written(blind, whole, tmp_path, capsys):
     assert_same(folder, tmp_path)
 
 
+FIRST_IMAGES = """
+import zlib, torch, dfkd, generators
+dfkd.set_up_torch(dfkd.parse("--device cpu --precision fp32 --threads 2".split()))
+torch.manual_seed(0)
+x = generators.Generator(20, 1, width=8)(torch.randn(256, 20)).detach()
+print(zlib.crc32(x.numpy().tobytes()), zlib.crc32(x.abs().exp().log().erf().sqrt().numpy().tobytes()))
+"""
+
+
+def test_the_first_images_of_many_processes_are_the_same():
+    command = [sys.executable, "-c", FIRST_IMAGES]
+    runs = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    printed = [run.communicate()[0].splitlines()[-1] for run in runs]
+    assert len(set(printed)) == 1
+
+
+def test_mkls_functions_are_first_called_on_one_thread(monkeypatch):
+    """Which kernels two threads get that make the first call together is chance: the test above would see it seldom."""
+    called = {}
+    for name in ("tanh", "exp", "log", "sqrt", "sin", "cos", "erf"):
+        monkeypatch.setattr(torch, name, lambda x, name=name: called.setdefault(name, x.numel()))
+    dfkd.set_up_torch(dfkd.parse(["--device", "cpu"]))
+    assert len(called) == 7 and max(called.values()) < 1000  # torch splits nothing so small between threads
+
+
 # ---------------------------------------------------------------- finished runs
 
 
