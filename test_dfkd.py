@@ -824,6 +824,14 @@ def test_the_classes_of_a_whole_set_are_balanced(watch, method):
     assert sorted(classes.bincount(minlength=10).tolist()) == 5 * [4] + 5 * [5]
 
 
+def test_zskd_has_both_betas_for_every_class(watch, monkeypatch):
+    drawn, targets = [], g.dirichlet_targets
+    monkeypatch.setattr(g, "dirichlet_targets", lambda w, k, beta: drawn.append((k, beta)) or targets(w, k, beta))
+    watch("--method zskd --images 40 --image-batch 8 --image-steps 1 --steps 1")
+    classes, beta = (torch.cat(parts) for parts in zip(*drawn))
+    assert all(sorted(beta[classes == k].tolist()) == pytest.approx([0.1, 0.1, 1, 1]) for k in range(10))
+
+
 class Begun(NamedTuple):
     """What the first batch of images begins with, what it is constrained to, and which of --ours are at work."""
 
