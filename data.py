@@ -658,22 +658,23 @@ HEADINGS = "run | teacher | student | seeds | maximum | μ | σ² | μ, second h
 
 def finished(folder):
     """A run's figures and its curve, [(step, accuracy), ...], from its result.json and metrics.csv."""
+    damaged = DataError(f"{folder}: metrics.csv or result.json is damaged; the run's command with --resume writes them")
     try:
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines(), strict=True))
         curve = [(int(row["step"]), float(row["accuracy"])) for row in rows if row["accuracy"]]
         result = json.loads((folder / "result.json").read_text())
-        figures = {key: float(result[key]) for key in (*FIGURES, "seconds") if curve}
+        figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
     except OSError:
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error) as error:
-        raise DataError(f"{folder}: metrics.csv or result.json is damaged ({error!r:.60}); run again") from None
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error):
+        raise damaged from None
     if any(None in row or None in row.values() for row in rows):  # a row of another length
-        raise DataError(f"{folder}: metrics.csv is damaged; make the run again")
+        raise damaged
     if not curve:
         raise DataError(f"{folder}: the run was not evaluated, it has no accuracies")
     sound = all(0 <= accuracy <= 100 and 0 <= step < 2**53 for step, accuracy in curve)
-    if not sound or not all(0 <= figure < 2**53 for figure in figures.values()):
-        raise DataError(f"{folder}: metrics.csv or result.json holds impossible figures; make the run again")
+    if not sound or not all(0 <= figure < 2**53 for figure in figures.values()) or curve[-1][0] != figures["steps"]:
+        raise damaged
     return figures, curve
 
 
@@ -685,7 +686,7 @@ def without_seed(folder):
 def results_table(folders):
     """Markdown with a row for each group of runs that differ in the seed only; figures as PRE-DFKD reports them."""
     groups = {}
-    for folder in map(Path, folders):
+    for folder in map(Path, dict.fromkeys(folders)):
         groups.setdefault(without_seed(folder), []).append(finished(folder))
     lines = [f"| {HEADINGS} |", "|---" * HEADINGS.count("|") + "|---|"]
     for name, runs in groups.items():

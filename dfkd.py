@@ -570,7 +570,10 @@ class Run:
             self.resume()
 
     def resume(self):
-        saved = data.load_tensors(self.out / "checkpoint.pt")
+        try:
+            saved = data.load_tensors(self.out / "checkpoint.pt")
+        except data.DataError:
+            raise self.foreign() from None
         if not sound_checkpoint(saved):
             raise self.foreign()
         self.check_settings(saved["settings"])
@@ -580,7 +583,7 @@ class Run:
             print(f"{self.out}: began with commit {saved['commit']} of this program, goes on with {self.commit}")
 
     def foreign(self):
-        return RunError(f"{self.out}/checkpoint.pt: not written by this version; begin elsewhere, with --out DIR")
+        return RunError(f"{self.out}/checkpoint.pt: damaged, or not this version's; begin elsewhere, with --out DIR")
 
     def check_settings(self, before):
         now = self.settings
@@ -662,7 +665,7 @@ class Run:
             turn, value, name = min(bad, key=lambda found: found[0])  # NaN spreads: the first one tells the most
             where = f"{stage} step {turn * each + 1}" + (f" to {(turn + 1) * each}" if each > 1 else "")
             kept = "; the last good checkpoint is kept" if self.done else ""
-            raise RunError(f"{name} became {value:.3g} at {where}; try a lower learning rate{kept}")
+            raise RunError(f"{name} became {value:.3g} at {where}; try lower learning rates{kept}")
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
         self.done[stage] = done
@@ -687,7 +690,7 @@ class Run:
         """Write student.pt and, last of all, result.json -> the result."""
         args, memory, student = self.args, self.kept.get("memory"), self.kept["S"].state_dict()
         if not all(value.isfinite().all() for value in student.values()):
-            raise RunError("the student's weights became NaN in its last steps; try a lower learning rate")
+            raise RunError("the student's weights became NaN in its last steps; try lower learning rates")
         curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
         result = dict(
             method=args.method, dataset=args.dataset, teacher=args.teacher_arch, student=args.student_arch,
@@ -819,13 +822,13 @@ def parser():
     add("--teacher-arch", metavar="NAME", help=f"{', '.join(models.NAMES)}, any wrn-D-K")
     add("--student-arch", metavar="NAME", help="the student's network (default: the papers' for this teacher)")
     add("--num-classes", type=number(int, 2), metavar="K", help="a teacher without a data set: its classes")
-    add("--channels", type=number(int, 1), metavar="C", help="and the channels of its images")
+    add("--channels", type=number(int, 1), metavar="C", help="a teacher without a data set: the channels of its images")
     add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
 
     add = top.add_argument_group("schedule").add_argument
     add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU; what is published")
     add("--steps", type=number(int, 1), metavar="N", help="steps of the student, rounded up to whole rounds")
-    add("--student-steps", type=number(int, 1), metavar="N", help="of the student after each of G (dafl, mskd, pre)")
+    add("--student-steps", type=number(int, 1), metavar="N", help="student steps for each step of G (dafl, mskd, pre)")
     add("--generator-steps", type=number(int, 1), metavar="N", help="steps of G before the student's first (rdskd)")
     add("--batch", type=number(int, 2), metavar="N", help="images per step")
     add("--latent", type=number(int, 1), metavar="D", help="dimension of the generator's latents z")
@@ -835,19 +838,20 @@ def parser():
     add("--student-optimiser", choices=("adam", "sgd"), help="sgd: momentum 0.9, weight decay 5e-4")
     add("--student-decay", choices=("none", "cosine", "cycle", "drops"), help="of its rate: none, a cosine to 0, "
         f"15 %% up and then down, a tenth from steps {800 * EPOCH} and {1600 * EPOCH} on")  # fmt: skip
-    add("--decay-every", type=number(int, 1), metavar="N", help="student steps between moves of pre's cosine")
-    add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss (pre has none)")
-    add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: L_ms "
-        "for L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
+    add("--decay-every", type=number(int, 1), metavar="N", help="student steps between moves of the cosine (pre)")
+    add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss and of soft labels")
+    add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: "
+        "L_ms in place of L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
     add("--images", type=number(int, 8), metavar="N", help="in the transfer set (soft-target, zskd, deepinversion)")
     add("--image-batch", type=number(int, 8), metavar="N", help="images that are optimised together")
     add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
-    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions to their synthesis: {' '.join(OURS)}")
+    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"which of our additions to image synthesis are on, "
+        f"none without a name: {' '.join(OURS)}")  # fmt: skip
     add("--layer", choices=("auto", "fc2", "logits"), help="whose outputs soft-target models")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
         help=f"their deviation (auto: the one that makes the teacher's L_oh {CERTAINTY})")
-    add("--eval-every", type=number(int, 1), metavar="N", help="student steps between evaluations, in whole rounds")
+    add("--eval-every", type=number(int, 1), metavar="N", help="student steps between evaluations (default: a 25th)")
 
     add = top.add_argument_group("replay, for methods with a generator").add_argument
     add("--replay", choices=("none", "vae", "bank"), help="what brings earlier samples back")
@@ -873,7 +877,7 @@ def parser():
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads; results depend on them in the last bits")
 
     add = top.add_argument_group("finished runs: distil nothing").add_argument
-    add("--plot", nargs="+", metavar="RUN", help="draw the accuracies of runs into --out (default: curves.svg)")
+    add("--plot", nargs="+", metavar="RUN", help="draw the accuracies of runs into --out (default: runs/curves.svg)")
     add("--table", nargs="+", metavar="RUN", help="print a row for each group of runs that differ in the seed")
     return top
 
@@ -882,6 +886,8 @@ def parse(argv):
     """The arguments, with the schedule's numbers filled in and `auto` decided, but for --layer and --sigma."""
     top = parser()
     args = top.parse_args(argv)
+    if args.plot and args.table:
+        top.error("--plot and --table are two commands")
     if args.plot or args.table:
         return args
     name_data(args, top.error)
@@ -919,15 +925,16 @@ def name_data(args, error):
 
 def name_networks(args, error):
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
-    args.student_arch = args.student_arch or STUDENTS.get(args.teacher_arch)
-    if not args.student_arch:
-        error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
-    for arch in (args.teacher_arch, args.student_arch):
+    for key in ("teacher_arch", "student_arch"):
+        arch = getattr(args, key) or STUDENTS.get(args.teacher_arch)
+        if not arch:
+            error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
+        setattr(args, key, arch)
         try:
             with torch.device("meta"):
                 models.build(arch)
         except ValueError as problem:
-            error(str(problem))
+            error(f"{flag(key)}: {problem}")
 
 
 def data_info(args):
@@ -1088,6 +1095,8 @@ def summary(result, out):
         print(f"student  {result['student']:<12} {result['accuracy_last']:.2f} % at the last step")
         print(f"         over all {evaluations} evaluations: mean {result['accuracy_mean']:.2f} %, "
               f"variance {result['accuracy_variance']:.2f}, maximum {result['accuracy_max']:.2f} %")  # fmt: skip
+    else:
+        print("the student was not evaluated")
     made = result["transfer_set"]
     if made:
         agreement, strayed = 100 * made["agreement"], 100 * made["strayed"]
@@ -1115,7 +1124,8 @@ def main(argv=None):
         signal.signal(kind, signal.default_int_handler)
     try:
         if args.plot:
-            picture = Path(args.out or "curves.svg")
+            picture = Path(args.out or "runs/curves.svg")
+            picture.parent.mkdir(parents=True, exist_ok=True)
             runs = [(data.without_seed(folder), data.finished(Path(folder))[1]) for folder in args.plot]
             data.write(picture, data.svg_curves(runs, "student step"))
             print(f"drawn: {picture}")
@@ -1134,7 +1144,7 @@ def main(argv=None):
             raise
         problem, code = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size", 1
     except KeyboardInterrupt as stop:
-        problem, code = f"stopped; {stop if str(stop) else 'nothing new was saved, run the same command again'}", 130
+        problem, code = f"stopped; {stop if str(stop) else 'run the same command again'}", 130
     print(f"dfkd.py: {problem}", file=sys.stderr)
     return code
 

@@ -456,10 +456,11 @@ def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, factor=
     the decrease so far. `factor` multiplies the gradient: with the number of images, its size beside Adam's eps does
     not depend on the batch, over which an objective is a mean. `report(step, value)` is called every 50 steps.
 
-    Soft-target synthesis of the logits, in our form, for a teacher whose last layer is `last`:
-        y = soft_labels(last.weight, torch.nn.Identity(), sigma, 20, 500)
+    Soft-target synthesis of the logits, for a teacher whose last layer is `last` and pixels from `low` to `high`:
+        rest = torch.nn.Identity()
+        y = soft_labels(last.weight, rest, feature_scale(last.weight, rest, 0.2), 20, 500)
         x, _ = synthesise(lambda x: 400 * soft_target_loss(teacher(augmented(x, mirror=False)), y, 20),
-                          smooth_noise(500, channels=1), steps=100, lr=0.1, factor=500)
+                          smooth_noise(500, channels=1), 100, 0.1, lambda x: x.clamp(low, high), factor=500)
     """
     x = images.clone(memory_format=torch.channels_last).requires_grad_()
     optimiser = torch.optim.Adam([x], lr)

@@ -319,6 +319,9 @@ def trained(folder, dataset, name, real, info, epochs, seed, precision, show):
 def load(path, name, info, device, precision):
     """The frozen teacher whose state dict is in the file `path`; NetworkError says in one line why it does not fit."""
     state = data.load_tensors(path)
+    for key in ("state_dict", "model"):  # as training scripts save it, beside other things
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     items = state.items() if isinstance(state, dict) else [(0, 0)]
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in items):
         raise NetworkError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")

@@ -1819,17 +1819,17 @@ def altered(**changes):
 
 
 CHECKPOINTS = {
-    "another version's": (lambda path: torch.save(dict(step=3, net={}), path), "not written by this version"),
-    "a list": (lambda path: torch.save([1, 2], path), "not written by this version"),
-    "a .training file": (lambda path: torch.save(dict(epochs=1, parts=[], random={}), path), "not written by this"),
-    "no parts": (altered(parts={}), "not written by this version"),
-    "other parts": (altered(parts=dict(S=models.build("lenet5").state_dict())), "not written by this version"),
-    "no random state": (altered(random=dict(cpu=torch.zeros(3))), "not written by this version"),
-    "no settings": (altered(settings=None), "not written by this version"),
-    "no figures": (altered(done={"student": "8"}), "not written by this version"),
-    "no rows": (altered(rows=[3]), "not written by this version"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a PyTorch file"),
-    "text": (lambda path: path.write_text("no checkpoint"), "not a PyTorch file"),
+    "another version's": (lambda path: torch.save(dict(step=3, net={}), path), "not this version's"),
+    "a list": (lambda path: torch.save([1, 2], path), "not this version's"),
+    "a .training file": (lambda path: torch.save(dict(epochs=1, parts=[], random={}), path), "not this version's"),
+    "no parts": (altered(parts={}), "not this version's"),
+    "other parts": (altered(parts=dict(S=models.build("lenet5").state_dict())), "not this version's"),
+    "no random state": (altered(random=dict(cpu=torch.zeros(3))), "not this version's"),
+    "no settings": (altered(settings=None), "not this version's"),
+    "no figures": (altered(done={"student": "8"}), "not this version's"),
+    "no rows": (altered(rows=[3]), "not this version's"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not this version's"),
+    "text": (lambda path: path.write_text("no checkpoint"), "not this version's"),
 }
 
 
@@ -1893,7 +1893,7 @@ def test_nan_stops_the_run_and_names_the_term(blind, whole, tmp_path, monkeypatc
     monkeypatch.setattr(module, function, broken)
     assert blind(tmp_path, flags) == 1
     stopped = one_line(capsys.readouterr().err)
-    assert re.search(rf"{message} step \d+.* lower learning rate; the last good checkpoint is kept", stopped)
+    assert re.search(rf"{message} step \d+.* lower learning rates; the last good checkpoint is kept", stopped)
     monkeypatch.undo()
     assert blind(tmp_path, f"{flags} --resume") == 0  # from the last good checkpoint
     assert_same(whole(flags)[0], tmp_path)
@@ -1953,7 +1953,7 @@ def two_runs(tmp_path):
         (tmp_path / name / "metrics.csv").write_bytes(content)
         most = max(accuracy for _, accuracy in curve)
         result = dict(accuracy_last=curve[-1][1], accuracy_max=most, accuracy_mean=50, accuracy_variance=4)
-        result.update(teacher_accuracy=99, replay_bytes=5000, seconds=90)
+        result.update(teacher_accuracy=99, replay_bytes=5000, seconds=90, steps=curve[-1][0])
         (tmp_path / name / "result.json").write_text(json.dumps(result))
     return [tmp_path / name for name in curves]
 
