@@ -2228,8 +2228,11 @@ def test_bad_teacher_files(blind, content, message, tmp_path, monkeypatch, capsy
     assert not Path("exploited").exists()
 
 
-def test_a_teacher_from_data_parallel_just_loads(tmp_path):
-    torch.save({f"module.{k}": v for k, v in LENET.items()}, tmp_path / "teacher.pt")
+@pytest.mark.parametrize("prefix", ["module.", ""], ids=["DataParallel", "plain"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_state_dicts_as_others_save_them_just_load(tmp_path, prefix, key):
+    state = {f"{prefix}{k}": v for k, v in LENET.items()}
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "teacher.pt")
     net = models.load(tmp_path / "teacher.pt", "lenet5", GLYPHS, "cpu", "fp32")
     assert all(torch.equal(v, LENET[k]) for k, v in net.state_dict().items())
     assert not net.training and not any(p.requires_grad for p in net.parameters())
