@@ -73,7 +73,7 @@ table() {
         fi
     done
     if [ "$data" = mnist ]; then  # nothing keeps G's classes apart, and G and S move fast: see the README
-        for seed in ${SEEDS:-0 1 2 3 4 5}; do
+        for seed in ${SEEDS:-0 1 2}; do
             for memory in none bank vae; do
                 row "mnist-drift-$memory-$seed" --method pre --replay $memory --seed $seed --loss-weights 1 0 0 \
                     --generator-lr 0.2 --student-lr 2e-3 --student-decay none --steps 3000
