@@ -561,9 +561,10 @@ FILES = ("result.json", "metrics.csv", "samples.png", "student.pt", "checkpoint.
 class Run:
     """Progress, evaluations, checkpoints, the result. A loop calls `keep` once, walks through `steps`, calls `log`."""
 
-    def __init__(self, args, settings, info, evaluate):
-        self.args, self.settings, self.info, self.evaluate = args, settings, info, evaluate
-        self.out, self.commit, self.begun = Path(args.out), git_commit(), time.perf_counter()
+    def __init__(self, args, info):
+        self.args, self.info, self.evaluate = args, info, None
+        self.settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
+        self.out, self.commit, self.begun = Path(args.out), git_commit(), 0.0
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
         if args.resume and (self.out / "checkpoint.pt").exists():
@@ -576,22 +577,24 @@ class Run:
             raise self.foreign() from None
         if not sound_checkpoint(saved):
             raise self.foreign()
-        self.check_settings(saved["settings"])
+        before, now = saved["settings"], self.settings
+        for key in {**now, **before}:
+            if before.get(key) != now.get(key) and key != "teacher_crc":
+                raise RunError(f"{self.out}: began with {flag(key)} {before.get(key)}, now {now.get(key)}; "
+                               f"give the same to resume")  # fmt: skip
         self.saved, self.done, self.rows = saved, saved["done"], saved["rows"]
-        self.begun -= saved["seconds"]
         if saved["commit"] != self.commit:
             print(f"{self.out}: began with commit {saved['commit']} of this program, goes on with {self.commit}")
 
     def foreign(self):
         return RunError(f"{self.out}/checkpoint.pt: damaged, or not this version's; begin elsewhere, with --out DIR")
 
-    def check_settings(self, before):
-        now = self.settings
-        for key in {**before, **now}:
-            if before.get(key) != now.get(key):
-                what = f"{flag(key)} {before.get(key)}, now {now.get(key)}"
-                what = "another teacher" if key == "teacher_crc" else what
-                raise RunError(f"{self.out}: began with {what}; give the same to resume")
+    def begin(self, teacher, evaluate):
+        """From here on the seconds count. A resumed run must have the same teacher; evaluate() -> accuracy of S."""
+        self.evaluate, self.settings["teacher_crc"] = evaluate, models.crc(teacher)
+        if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
+            raise RunError(f"{self.out}: began with another teacher; give the same to resume")
+        self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
 
     def keep(self, **parts):
         """Name what a checkpoint must hold: tensors, and all that has a state_dict. A resumed run gets it back here."""
@@ -998,6 +1001,7 @@ def distil(args):
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}")  # fmt: skip
     print(schedule_text(args), flush=True)
     with claimed(out, args.resume):
+        run = Run(args, info)
         real = None if args.no_eval else data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
         teacher = get_teacher(args, info, real)
         torch.manual_seed(args.seed)
@@ -1007,9 +1011,7 @@ def distil(args):
             return None if real is None else models.accuracy(net, real.test_images, real.test_labels, info)
 
         teacher_accuracy = evaluate(teacher)
-        settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
-        settings["teacher_crc"] = models.crc(teacher)
-        run = Run(args, settings, info, lambda: evaluate(student))
+        run.begin(teacher, lambda: evaluate(student))
         try:
             if args.method == "kd":
                 on_images(real_images(real, info, args), teacher, student, args, run)

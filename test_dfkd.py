@@ -1855,6 +1855,13 @@ def test_resume_refuses_other_arguments(blind, tmp_path, teacher_file, capsys):
         assert named in one_line(capsys.readouterr().err)
 
 
+def test_resume_refuses_other_arguments_before_a_teacher_is_trained(blind, command, tmp_path, capsys, monkeypatch):
+    assert blind(tmp_path / "out") == 0
+    monkeypatch.setattr(dfkd, "get_teacher", None)
+    assert command("out", "--resume --teacher-seed 1") == 1
+    assert "give the same" in one_line(capsys.readouterr().err)
+
+
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
     for commit in ("one", "other"):
         monkeypatch.setattr(dfkd, "git_commit", lambda: commit)
