@@ -23,11 +23,18 @@ import os
 import re
 import statistics
 import struct
+import subprocess
+import tempfile
 import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -589,6 +596,37 @@ def load_tensors(path):
                         f"or a damaged one") from None  # fmt: skip
 
 
+def same_form(a, b):
+    """Whether all that is in `a`, nested dicts, lists and tensors, is in `b` with the same types and shapes."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() <= b.keys() and all(same_form(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_form, a, b))
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout)
+    return type(a) is type(b)
+
+
+@contextlib.contextmanager
+def claimed(out, files, resume):
+    """Make the run's folder, see that it can be written, and hold it: two runs at once would mix their files."""
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    lock = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if any((out / name).is_file() for name in files) and not (resume and (out / "checkpoint.pt").exists()):
+            advice = "it has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
+            raise DataError(f"{out}: holds an earlier run; {advice}, --out DIR begins elsewhere")
+        yield
+    except BlockingIOError:
+        raise DataError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
+    finally:
+        if fcntl:
+            os.close(lock)
+
+
 def csv_rows(rows):
     """Dicts as the bytes of a CSV file: a column for every key of any row, in order of first appearance."""
     text = io.StringIO()
@@ -648,6 +686,14 @@ def svg_curves(runs, x_label="student step"):
     for i, (name, colour) in enumerate(groups.items()):
         parts.append(label(width - 14, height - 40 - 16 * i, name, f'fill="{colour}" '))
     return "\n".join([*parts, "</svg>\n"]).encode()
+
+
+def git_commit():
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 # ---------------------------------------------------------------- finished runs, as a table

@@ -4,9 +4,9 @@
     python dfkd.py --method rdskd --dataset mnist --schedule paper       # the authors' own schedule
     python dfkd.py --method rdskd --dataset mnist --teacher FILE --no-eval   # a teacher and nothing else
 
-The order of this file: schedules, a loop for each method, what the loops share, the run's record, finished runs, the
-command line. The losses and the synthesis of images are in generators.py, the memories in replay.py, networks and
-teachers in models.py, real images and files in data.py. The loops get a teacher and no data.
+The order of this file: schedules, a loop for each method, what the loops share, the run's record, the command line, one
+whole run. The losses and the synthesis of images are in generators.py, the memories in replay.py, networks, teachers and
+optimisers in models.py, real images and files in data.py. The loops get a teacher and no data.
 """
 
 import os
@@ -22,22 +22,13 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
     signal.signal(signal.SIGINT, stopped_at_once)
 
 import argparse
-import contextlib
 import functools
 import json
 import math
 import statistics
-import subprocess
-import tempfile
 import textwrap
 import time
 from pathlib import Path
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows
-    fcntl = resource = None
 
 import torch
 
@@ -198,7 +189,7 @@ def rdskd(teacher, student, info, args, run):
     reference = torch.zeros(2, device=args.device)  # L_oh', L_ie' [C]
     parts = dict(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.keep(**parts, reference=reference)
-    run.samples = lambda: sampled(G)
+    run.samples = lambda: generators.fixed_images(G)
 
     for step in run.steps("generator", args.generator_steps):
         x = G(torch.randn(B, d, device=args.device))
@@ -216,7 +207,7 @@ def rdskd(teacher, student, info, args, run):
 
     G.eval()
     for _ in run.steps("student", args.steps, evaluate=True):
-        x = beside_memory(fresh_images(G, B, d), memory, teacher)
+        x = beside_memory(generators.fresh_images(G, B), memory, teacher)
         L_kd = generators.distillation_loss(student(x), teacher(x), tau)
         minimise(L_kd, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
@@ -251,7 +242,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
-    run.samples = lambda: sampled(G)
+    run.samples = lambda: generators.fixed_images(G)
 
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
         z = torch.randn(B, d, device=args.device)
@@ -263,7 +254,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
         run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=L_ie, **third)
 
         for step in range(args.student_steps):
-            novel = x.detach() if step == 0 else fresh_images(G, B, d)
+            novel = x.detach() if step == 0 else generators.fresh_images(G, B)
             seen = beside_memory(novel, memory, teacher)
             L_kd = generators.distillation_loss(student(seen), teacher(seen), tau)
             minimise(L_kd, optimiser_S, decay_S)
@@ -283,7 +274,7 @@ def pre(teacher, student, info, args, run):
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
-    run.samples = lambda: sampled(G)
+    run.samples = lambda: generators.fixed_images(G)
 
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
         x = G(torch.randn(B, d, device=args.device))
@@ -295,7 +286,7 @@ def pre(teacher, student, info, args, run):
         run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=L_ie, L_a=generators.activation_loss(f), L_js=L_js)
 
         for step in range(args.student_steps):
-            novel = fresh_images(G, B, d)
+            novel = generators.fresh_images(G, B)
             seen = beside_memory(novel, memory, teacher)
             L_kd = generators.logit_distance_loss(student(seen), teacher(seen))
             minimise(L_kd, optimiser_S, decay_S)
@@ -385,14 +376,14 @@ def transfer_set(make_images, teacher, student, info, args, run):
         first = turn * args.image_batch
         index = torch.arange(first, min(first + args.image_batch, args.images), device=args.device)
         x, y, intended = make_images(index)
-        run.log(**label_shares(teacher(x), y, intended))
+        run.log(**generators.label_shares(teacher(x), y, intended))
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
     run.samples = None  # the picture is there
     batches = [data.load_tensors(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])
-    shares = {name: share.item() for name, share in label_shares(t, y, intended).items()}
+    shares = {name: share.item() for name, share in generators.label_shares(t, y, intended).items()}
     run.facts.update(images=len(images), bytes=images.nbytes, **shares)
     for _ in run.steps("student", args.steps, evaluate=True):
         index = torch.randint(len(images), (args.batch,), device=args.device)
@@ -435,22 +426,6 @@ def image_generator(info, args, spectral_norm=False, bound=None):
     return G, models.adam(G, args.generator_lr)
 
 
-@torch.no_grad()
-def fresh_images(G, count, latent):
-    """x = G(z), z ~ N(0, I), in G's present mode: (count, C, H, W), no gradient."""
-    return G(torch.randn(count, latent, device=G.linear.weight.device))
-
-
-@torch.no_grad()
-def sampled(G):
-    """64 images of G in eval mode, always from the same latents; the random state of the run is left alone."""
-    z = torch.randn(64, G.latent_dim, generator=torch.Generator().manual_seed(0)).to(G.linear.weight.device)
-    training = G.training
-    x = G.eval()(z)
-    G.train(training)
-    return x
-
-
 def replay_memory(info, args):
     """What --replay asks for: a module with `learn` and `recall`, or None."""
     if args.replay == "bank":
@@ -471,24 +446,10 @@ def beside_memory(novel, memory, teacher):
 
 
 def student_optimiser(student, args):
-    """Adam or SGD for S, and its rate over the steps: constant, a half cosine down to 0, one cycle, or in drops.
-
-    The cycle warms up, which matters for networks without BatchNorm: at RDSKD's default rate of 0.01, two fifths of the
-    units of LeNet-5-half's last convolution die without it, one fifth with it. torch's cycle moves the momentum (Adam:
-    beta_1) as well, from 0.95 to 0.85 and back.
-    """
-    lr, steps = args.student_lr, args.steps
-    optimiser = models.sgd(student, lr) if args.student_optimiser == "sgd" else models.adam(student, lr)
-    if args.student_decay == "cycle":
-        return optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, steps, pct_start=0.15)
-    if args.student_decay == "drops":
-        return optimiser, torch.optim.lr_scheduler.MultiStepLR(optimiser, [800 * EPOCH, 1600 * EPOCH])
-    every = args.decay_every or 1
-    factor = {
-        "cosine": lambda step: (1 + math.cos(math.pi * (step - step % every) / steps)) / 2,
-        "none": lambda step: 1.0,
-    }[args.student_decay]
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    """S's optimiser and the decay of its rate."""
+    kind, lr, decay = args.student_optimiser, args.student_lr, args.student_decay
+    drops = [800 * EPOCH, 1600 * EPOCH]
+    return models.student_optimiser(student, kind, lr, decay, args.steps, args.decay_every or 1, drops)
 
 
 def minimise(loss, optimiser, decay=None):
@@ -547,12 +508,6 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     return generators.synthesise(shown, x, args.image_steps, args.image_lr, constrain, settle, factor, report)
 
 
-def label_shares(t, y, intended):
-    """Shares: of images that T puts into their label's top class; of labels whose top class is not the intended one."""
-    top = y.argmax(1)
-    return dict(agreement=(t.argmax(1) == top).float().mean(), strayed=(top != intended).float().mean())
-
-
 # ---------------------------------------------------------------- the run's record
 
 FILES = ("result.json", "metrics.csv", "samples.png", "student.pt", "checkpoint.pt", "transfer")
@@ -564,7 +519,7 @@ class Run:
     def __init__(self, args, info):
         self.args, self.info, self.evaluate = args, info, None
         self.settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
-        self.out, self.commit, self.begun = Path(args.out), git_commit(), 0.0
+        self.out, self.commit, self.begun = Path(args.out), data.git_commit(), 0.0
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
         if args.resume and (self.out / "checkpoint.pt").exists():
@@ -604,7 +559,7 @@ class Run:
         try:
             for name, part in self.kept.items():
                 held = self.saved["parts"][name]
-                if not same_form(part if isinstance(part, torch.Tensor) else part.state_dict(), held):
+                if not data.same_form(part if isinstance(part, torch.Tensor) else part.state_dict(), held):
                     raise ValueError(name)  # torch's schedules and optimisers would take anything
                 if isinstance(part, torch.Tensor):
                     part.copy_(held)
@@ -730,51 +685,12 @@ def sound_checkpoint(saved):
     return steps == saved["done"] and all(type(step) is int and step > 0 for step in steps.values())
 
 
-def same_form(a, b):
-    """Whether all that is in `a`, nested dicts, lists and tensors, is in `b` with the same types and shapes."""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() <= b.keys() and all(same_form(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_form, a, b))
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout)
-    return type(a) is type(b)
-
-
-@contextlib.contextmanager
-def claimed(out, resume):
-    """Make the run's folder, see that it can be written, and hold it: two runs at once would mix their files."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-    lock = os.open(out, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if any((out / name).is_file() for name in FILES) and not (resume and (out / "checkpoint.pt").exists()):
-            advice = "it has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
-            raise RunError(f"{out}: holds an earlier run; {advice}, --out DIR begins elsewhere")
-        yield
-    except BlockingIOError:
-        raise RunError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
-    finally:
-        if fcntl:
-            os.close(lock)
-
-
 def show(line, keep):
     """Print a progress line; on a terminal, one that is not to be kept is overwritten by the next."""
     if sys.stdout.isatty():
         print(f"\r\x1b[K{line}", end="\n" if keep else "", flush=True)
     else:
         print(line, flush=True)
-
-
-def git_commit():
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 # ---------------------------------------------------------------- the command line
@@ -995,12 +911,12 @@ ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "plot", "tab
 
 def distil(args):
     """One whole run: data for teacher and evaluation, teacher, distillation, results."""
-    set_up_torch(args)
+    models.set_up_torch(args.threads)
     out, info = Path(args.out), data_info(args)
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}")  # fmt: skip
     print(schedule_text(args), flush=True)
-    with claimed(out, args.resume):
+    with data.claimed(out, FILES, args.resume):
         run = Run(args, info)
         real = None if args.no_eval else data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
         teacher = get_teacher(args, info, real)
@@ -1020,37 +936,6 @@ def distil(args):
             summary(run.finish(teacher_accuracy), out)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.done else "") from None
-
-
-def set_up_torch(args):
-    """What is the same for the whole process."""
-    torch.set_num_threads(args.threads)
-    # MKL chooses the kernel of a function at its first call. Two threads that make this call together may get different
-    # kernels, and results then differ in the last bits from one process to the next. 16 numbers take one thread.
-    for function in (torch.tanh, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.erf):
-        function(torch.ones(16))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
-    if args.threads > 1 and cores_in_use() + args.threads > os.cpu_count() + 0.5:
-        print("note: other processes keep the cores busy; runs side by side are faster with --threads 1 each")
-
-
-def cores_in_use(seconds=0.2):
-    """How many cores other processes use just now, measured while this one sleeps; 0 where the system does not say."""
-
-    def idle_and_all():
-        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return ticks[3] + ticks[4], sum(ticks)
-
-    try:
-        idle, total = idle_and_all()
-        time.sleep(seconds)
-        idle, total = (now - before for now, before in zip(idle_and_all(), (idle, total)))
-        return os.cpu_count() * (1 - idle / total)
-    except (OSError, ValueError, IndexError, ZeroDivisionError):
-        return 0
 
 
 def schedule_text(args):
@@ -1105,19 +990,9 @@ def summary(result, out):
         print(f"images   {made['images']}: the teacher puts {agreement:.1f} % of them into their label's top class")
         if strayed:
             print(f"         {strayed:.1f} % of the labels favour another class than the one they were drawn for")
-    memory = peak_memory(result["args"]["device"])
+    memory = models.peak_memory(result["args"]["device"])
     print(f"time     {models.clock(result['seconds'])} for the distillation; memory {memory} at the peak")
     print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
-
-
-def peak_memory(device):
-    """The most memory that this process held, on the GPU where it computed there."""
-    if device == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's"
-    if not resource:
-        return "unknown"
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
 
 
 def main(argv=None):

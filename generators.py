@@ -120,6 +120,22 @@ def uniform_weights(net, bound):
                 nn.init.zeros_(layer.bias)
 
 
+@torch.no_grad()
+def fresh_images(G, count):
+    """x = G(z), z ~ N(0, I), in G's present mode: (count, C, H, W), no gradient."""
+    return G(torch.randn(count, G.latent_dim, device=G.linear.weight.device))
+
+
+@torch.no_grad()
+def fixed_images(G):
+    """64 images of G in eval mode, always from the same latents; the random state of the run is left alone."""
+    z = torch.randn(64, G.latent_dim, generator=torch.Generator().manual_seed(0)).to(G.linear.weight.device)
+    training = G.training
+    x = G.eval()(z)
+    G.train(training)
+    return x
+
+
 # ---------------------------------------------------------------- terms that the papers share
 
 
@@ -447,6 +463,12 @@ def augmented(images, mirror):
     theta = torch.stack([flip * cos, -sin, shift[0], flip * sin, cos, shift[1]], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def label_shares(t, y, intended):
+    """Shares: of images that T puts into their label's top class; of labels whose top class is not the intended one."""
+    top = y.argmax(1)
+    return dict(agreement=(t.argmax(1) == top).float().mean(), strayed=(top != intended).float().mean())
 
 
 def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, factor=1.0, report=None):

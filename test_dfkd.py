@@ -1482,7 +1482,7 @@ def teacher_dir(tmp_path_factory):
     """Where the session's runs find their teacher."""
     folder = tmp_path_factory.mktemp("teachers")
     args = dfkd.parse(f"--device cpu --precision fp32 --threads 1 --teacher-dir {folder}".split())
-    dfkd.set_up_torch(args)
+    models.set_up_torch(args.threads)
     dfkd.get_teacher(args, GLYPHS, data.load("glyphs"))
     return folder
 
@@ -1577,7 +1577,7 @@ def test_an_earlier_run_is_neither_mixed_nor_lost(blind, tmp_path, capsys):
     assert "--resume" in refused and "--out" in refused
     torch.save({}, tmp_path.parent / "other.pt")
     assert blind(tmp_path, f"--resume --teacher {tmp_path.parent / 'other.pt'}") == 1  # a run that cannot begin
-    with dfkd.claimed(tmp_path, resume=True):
+    with data.claimed(tmp_path, dfkd.FILES, resume=True):
         assert blind(tmp_path, "--resume") == 1
         assert "another run" in capsys.readouterr().err.splitlines()[-1]
     assert blind(tmp_path, "--resume") == 0
@@ -1864,7 +1864,7 @@ def test_resume_refuses_other_arguments_before_a_teacher_is_trained(blind, comma
 
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
     for commit in ("one", "other"):
-        monkeypatch.setattr(dfkd, "git_commit", lambda: commit)
+        monkeypatch.setattr(data, "git_commit", lambda: commit)
         assert blind(tmp_path, "--resume") == 0
     assert "began with commit one of this program, goes on with other" in capsys.readouterr().out
 
@@ -1922,8 +1922,8 @@ def test_a_full_disk_keeps_what_was_written(blind, whole, tmp_path, capsys):
 
 
 FIRST_IMAGES = """
-import zlib, torch, dfkd, generators
-dfkd.set_up_torch(dfkd.parse("--device cpu --precision fp32 --threads 2".split()))
+import zlib, torch, generators, models
+models.set_up_torch(2)
 torch.manual_seed(0)
 x = generators.Generator(20, 1, width=8)(torch.randn(256, 20)).detach()
 print(zlib.crc32(x.numpy().tobytes()), zlib.crc32(x.abs().exp().log().erf().sqrt().numpy().tobytes()))
@@ -1942,7 +1942,7 @@ def test_mkls_functions_are_first_called_on_one_thread(monkeypatch):
     called = {}
     for name in ("tanh", "exp", "log", "sqrt", "sin", "cos", "erf"):
         monkeypatch.setattr(torch, name, lambda x, name=name: called.setdefault(name, x.numel()))
-    dfkd.set_up_torch(dfkd.parse(["--device", "cpu"]))
+    models.set_up_torch(torch.get_num_threads())
     assert len(called) == 7 and max(called.values()) < 1000  # torch splits nothing so small between threads
 
 
@@ -2333,6 +2333,7 @@ class PlainGenerator(nn.Sequential):
         )  # fmt: skip
 
     linear = property(lambda self: self[0])
+    latent_dim = property(lambda self: self[0].in_features)
 
 
 def test_our_generator_is_the_same_function_as_the_plain_one():
