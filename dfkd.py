@@ -4,9 +4,9 @@
     python dfkd.py --method rdskd --dataset mnist --schedule paper       # the authors' own schedule
     python dfkd.py --method rdskd --dataset mnist --teacher FILE --no-eval   # a teacher and nothing else
 
-The order of this file: schedules, a loop for each method, what the loops share, the run's record, the command line, one
-whole run. The losses and the synthesis of images are in generators.py, the memories in replay.py, networks, teachers and
-optimisers in models.py, real images and files in data.py. The loops get a teacher and no data.
+The order of this file: schedules, a loop for each method, what the loops share, the run's record, the command line,
+one whole run. The losses and the synthesis of images are in generators.py, the memories in replay.py, networks,
+teachers and optimisers in models.py, real images and files in data.py. The loops get a teacher and no data.
 """
 
 import os
