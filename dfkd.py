@@ -352,8 +352,9 @@ def deepinversion(teacher, student, info, args, run):
                 return generators.deepinversion_loss(x, teacher(x), y, inputs, *args.loss_weights)
 
             x, L_x = optimised(objective, len(index), info, args, run)
-        L_ce = torch.nn.functional.cross_entropy(teacher(x), y)
-        run.log(L_x=L_x, L_ce=L_ce, L_tv=generators.total_variation(x))
+            inputs.clear()
+            L_ce = torch.nn.functional.cross_entropy(teacher(x), y)
+            run.log(L_x=L_x, L_ce=L_ce, L_tv=generators.total_variation(x), L_bn=generators.batch_norm_prior(inputs))
         return x, torch.nn.functional.one_hot(y, info.classes).float(), y
 
     transfer_set(make_images, teacher, student, info, args, run)
@@ -573,10 +574,9 @@ class Run:
         self.saved = None
 
     def log(self, **terms):
-        """Note loss terms of this round; nothing waits for the device here. A memory without a loss gives None."""
+        """Note loss terms of this round; nothing waits for the device here."""
         for name, value in terms.items():
-            if value is not None:
-                self.terms.setdefault(name, []).append((self.turn, value.detach()))
+            self.terms.setdefault(name, []).append((self.turn, value.detach()))
 
     def steps(self, stage, count, each=1, evaluate=False):
         """Yield the numbers of a stage's rounds, from where a resumed run left off; a round is `each` of `count` steps.

@@ -407,6 +407,12 @@ def batch_norm_inputs(net):
             hook.remove()
 
 
+def batch_norm_prior(batch_norm):
+    """sum_l BN_l over the layers and inputs that `batch_norm_inputs` collected -> scalar; 0 without BatchNorm."""
+    losses = [batch_norm_loss(h.float(), layer.running_mean, layer.running_var) for layer, h in batch_norm]
+    return sum(losses, torch.zeros(()))
+
+
 def deepinversion_loss(images, logits, classes, batch_norm, a_tv, a_2, a_f):
     """CE(t, y) + a_tv TV(x) + a_2 ||x||_2 + a_f sum_l BN_l: DeepInversion's objective [C].
 
@@ -414,8 +420,8 @@ def deepinversion_loss(images, logits, classes, batch_norm, a_tv, a_2, a_f):
     collects them, empty for a teacher without BatchNorm -> scalar.
     CIFAR-10: a_tv = 2.5e-5 to 1e-3, a_f = 10 to 100, a_2 = 0 [C].
     """
-    prior = sum(batch_norm_loss(h.float(), layer.running_mean, layer.running_var) for layer, h in batch_norm)
-    return F.cross_entropy(logits, classes) + a_tv * total_variation(images) + a_2 * vector_norm(images) + a_f * prior
+    L_ce, L_bn = F.cross_entropy(logits, classes), batch_norm_prior(batch_norm)
+    return L_ce + a_tv * total_variation(images) + a_2 * vector_norm(images) + a_f * L_bn
 
 
 def rolled(images):

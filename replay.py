@@ -172,7 +172,8 @@ class PseudoReplay(nn.Module):
         L_vae = vae_loss(L_rec, mu, log_var)
         L_vae.backward()
         self.optimiser.step()
-        return dict(L_vae=L_vae.detach(), L_rec=L_rec.detach(), L_balance=L_balance)
+        terms = dict(L_vae=L_vae, L_rec=L_rec, L_kl=kl_divergence(mu, log_var), L_balance=L_balance)
+        return {name: term.detach() for name, term in terms.items() if term is not None}
 
     def get_extra_state(self):
         return self.optimiser.state_dict()

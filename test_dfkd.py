@@ -1602,11 +1602,11 @@ def test_every_term_of_every_stage_is_written(blind, tmp_path, method, memory):
         written.setdefault(stage, set()).update(name for name, value in row.items() if value)
     expected = {"student": {"L_kd"}}
     if method in GENERATORS:
-        vae = {"L_vae", "L_rec", "L_balance"} if memory == "vae" else set()
+        vae = {"L_vae", "L_rec", "L_kl", "L_balance"} if memory == "vae" else set()
         stage = "generator" if method == "rdskd" else "student"
         expected[stage] = {"L_G", "L_oh", "L_ie", *TERMS[method], *vae}
     elif method in SYNTHESES:
-        terms = {"soft-target": {"L_ce", "L_a"}, "zskd": set(), "deepinversion": {"L_ce", "L_tv"}}[method]
+        terms = {"soft-target": {"L_ce", "L_a"}, "zskd": set(), "deepinversion": {"L_ce", "L_tv", "L_bn"}}[method]
         expected["images"] = {"L_x", "agreement", "strayed", *terms}
     assert written == expected
     size = {"bank": 5 * 32 * 32 * 4, "vae": sum(v.nbytes for v in replay.VAE(8, 1, width=4).state_dict().values())}
