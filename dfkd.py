@@ -24,7 +24,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
 import argparse
 import functools
 import json
-import math
 import statistics
 import textwrap
 import time
@@ -113,6 +112,7 @@ ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),  # [C]
     "student_lr":        (1e-2, 1e-2, 2e-3, 1e-3, 1e-3),  # [C]
     "student_decay":     ("cycle", "cycle", "cycle", "none", "none"),  # [C]
+    "eval_every":        (0, 0, 0, 0, 0),  # [I]
 }
 SOFT_TARGET = {
     "layer":             ("auto", "auto", "auto", "auto", "auto"),  # FC-2 where there is one [P], else the logits [I]
@@ -129,6 +129,7 @@ SOFT_TARGET = {
     "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),
     "student_lr":        (1e-2, 1e-2, 2e-3, 1e-3, 1e-3),
     "student_decay":     ("cycle", "cycle", "cycle", "none", "none"),
+    "eval_every":        (0, 0, 0, 0, 0),  # [I]
 }
 DEEPINVERSION = {  # the authors' numbers are for CIFAR-10
     "loss_weights":      ((1e-3, 0.0, 10.0),) * 5,  # alpha_tv, alpha_2, alpha_f [C]
@@ -143,6 +144,7 @@ DEEPINVERSION = {  # the authors' numbers are for CIFAR-10
     "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),
     "student_lr":        (1e-2, 1e-2, 2e-3, 1e-2, 2e-3),
     "student_decay":     ("cycle", "cycle", "cycle", "cycle", "cycle"),
+    "eval_every":        (0, 0, 0, 0, 0),  # [I]
 }
 CONTROL = {  # noise and kd, all of it ours [I]: nothing is published
     "batch":             (64, 64, 256, 64, 256),
@@ -151,6 +153,7 @@ CONTROL = {  # noise and kd, all of it ours [I]: nothing is published
     "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),
     "student_lr":        (1e-2, 1e-2, 2e-3, 1e-2, 2e-3),
     "student_decay":     ("cycle", "cycle", "cycle", "cycle", "cycle"),
+    "eval_every":        (0, 0, 0, 0, 0),  # [I]
 }
 SCHEDULES = {
     "rdskd": REPLAY | RDSKD, "pre": REPLAY | PRE, "soft-target": SOFT_TARGET, "dafl": REPLAY | DAFL,
@@ -250,7 +253,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
         t, f = teacher(x, return_features=True)
         L_G, third = objective(x, z, t, f)
         minimise(L_G, optimiser_G)
-        L_ie = generators.information_entropy_loss(t) / math.log(10)
+        L_ie = generators.information_entropy_log10(t)
         run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=L_ie, **third)
 
         for step in range(args.student_steps):
@@ -282,7 +285,7 @@ def pre(teacher, student, info, args, run):
         L_js = generators.js_disagreement_loss(student(x), t)
         L_G = generators.dafl_loss(t, f, a, b, c) + L_js
         minimise(L_G, optimiser_G)
-        L_ie = generators.information_entropy_loss(t) / math.log(10)
+        L_ie = generators.information_entropy_log10(t)
         run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=L_ie, L_a=generators.activation_loss(f), L_js=L_js)
 
         for step in range(args.student_steps):
@@ -298,8 +301,7 @@ def pre(teacher, student, info, args, run):
 def soft_target(teacher, student, info, args, run):
     """Soft-target synthesis [P]: soft labels from a model of a layer's outputs, then images that have these labels."""
     tau, (lambda_a,) = args.temperature, args.loss_weights
-    layer, sigma = feature_model(teacher, args)
-    linear, rest = teacher.split(layer)
+    layer, linear, rest, sigma = feature_model(teacher, args)
     run.facts.update(layer=layer, sigma=sigma)
     scale = tau**2 if "scale" in args.ours else 1.0
 
@@ -313,7 +315,7 @@ def soft_target(teacher, student, info, args, run):
         x, L_x = optimised(objective, len(index), info, args, run)
         t, f = teacher(x, return_features=True)
         run.log(L_x=L_x, L_ce=generators.soft_target_loss(t, y, tau), L_a=generators.activation_loss(f))
-        return x, y, y.argmax(1)
+        return x, t, y, y.argmax(1)
 
     transfer_set(make_images, teacher, student, info, args, run)
 
@@ -332,7 +334,7 @@ def zskd(teacher, student, info, args, run):
 
         x, L_x = optimised(objective, len(index), info, args, run, in_pixels=True)
         run.log(L_x=L_x)
-        return x, y, k
+        return x, teacher(x), y, k
 
     transfer_set(make_images, teacher, student, info, args, run)
 
@@ -353,9 +355,10 @@ def deepinversion(teacher, student, info, args, run):
 
             x, L_x = optimised(objective, len(index), info, args, run)
             inputs.clear()
-            L_ce = torch.nn.functional.cross_entropy(teacher(x), y)
+            t = teacher(x)
+            L_ce = torch.nn.functional.cross_entropy(t, y)
             run.log(L_x=L_x, L_ce=L_ce, L_tv=generators.total_variation(x), L_bn=generators.batch_norm_prior(inputs))
-        return x, torch.nn.functional.one_hot(y, info.classes).float(), y
+        return x, t, torch.nn.functional.one_hot(y, info.classes).float(), y
 
     transfer_set(make_images, teacher, student, info, args, run)
 
@@ -363,7 +366,7 @@ def deepinversion(teacher, student, info, args, run):
 def transfer_set(make_images, teacher, student, info, args, run):
     """Make a set of images batch by batch, a file for each batch; then train S on the finished set.
 
-    make_images(numbers of the images) -> images, soft labels, intended classes.
+    make_images(numbers of the images) -> images, T's outputs on them, soft labels, intended classes.
     S learns T's outputs on the images as S sees them, augmented: ZSKD [C], the others as ZSKD [I]. T's outputs before
     the augmentation would mislead it: synthetic images lose their class with small changes of their pixels.
     The files hold float16. Its rounding, 1 part in 2000, is far below the noise that the images begin with [I].
@@ -376,8 +379,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
     for turn in run.steps("images", args.images, each=args.image_batch):
         first = turn * args.image_batch
         index = torch.arange(first, min(first + args.image_batch, args.images), device=args.device)
-        x, y, intended = make_images(index)
-        run.log(**generators.label_shares(teacher(x), y, intended))
+        x, t, y, intended = make_images(index)
+        run.log(**generators.label_shares(t, y, intended))
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
     run.samples = None  # the picture is there
@@ -463,17 +466,17 @@ def minimise(loss, optimiser, decay=None):
 
 
 def feature_model(teacher, args):
-    """The layer that soft-target synthesis models and the sigma of its outputs, `auto` decided."""
+    """What soft-target synthesis models, `auto` decided: a layer's name, the layer, what follows it, its sigma."""
     layer = teacher.modelled if args.layer == "auto" else args.layer
     try:
         linear, rest = teacher.split(layer)
         if args.sigma != "auto":
-            return layer, args.sigma
+            return layer, linear, rest, args.sigma
         sigma = generators.feature_scale(linear.weight, rest, CERTAINTY)
     except ValueError as error:
         raise RunError(f"--layer {layer} --sigma {args.sigma}: {error}") from None
     print(f"sigma      {sigma:.4g} for {layer}: there the teacher's L_oh is {CERTAINTY}")
-    return layer, sigma
+    return layer, linear, rest, sigma
 
 
 def optimised(objective, count, info, args, run, in_pixels=False):
@@ -558,18 +561,9 @@ class Run:
         if not self.saved:
             return
         try:
-            for name, part in self.kept.items():
-                held = self.saved["parts"][name]
-                if not data.same_form(part if isinstance(part, torch.Tensor) else part.state_dict(), held):
-                    raise ValueError(name)  # torch's schedules and optimisers would take anything
-                if isinstance(part, torch.Tensor):
-                    part.copy_(held)
-                else:
-                    part.load_state_dict(held)
-            models.set_random_state(self.saved["random"], self.args.device)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+            pairs = [(part, self.saved["parts"][name]) for name, part in self.kept.items()]
+            models.restore(pairs, self.saved["random"], self.args.device)
+        except (LookupError, ValueError):
             raise self.foreign() from None
         self.saved = None
 
@@ -583,7 +577,11 @@ class Run:
 
         Between rounds it shows progress and, now and then, saves. With `evaluate`, this is the student's stage.
         """
-        every = self.args.eval_every if evaluate else each if each > 1 else -(-count // 20)
+        every = -(-count // 20)
+        if evaluate:
+            every = self.args.eval_every
+        elif each > 1:
+            every = each  # a batch of images is long work: it is saved at once
         first = self.done.get(stage, 0)
         begun = self.shown = time.perf_counter()
         for turn in range(-(-first // each), -(-count // each)):
@@ -876,6 +874,13 @@ def scheduled(args):
     return numbers
 
 
+def memory_kind(key):
+    """The kind of --replay without which this flag means nothing; None for flags of anything else."""
+    if key not in REPLAY or key == "replay":
+        return None
+    return "bank" if key == "bank_size" else "vae"
+
+
 def fill_schedule(args, error):
     """Fill in what was not given; refuse flags that mean nothing to the method."""
     if args.schedule == "paper" and args.method in ("mskd", "noise", "kd"):
@@ -886,11 +891,10 @@ def fill_schedule(args, error):
         if value is None:
             setattr(args, key, numbers.get(key))
             continue
-        given = flag(f"no_{key}" if value is False else key)
-        kind = "bank" if key == "bank_size" else "vae"
-        if key not in numbers and key != "eval_every":
+        given, kind = flag(f"no_{key}" if value is False else key), memory_kind(key)
+        if key not in numbers:
             error(f"{given} means nothing to --method {args.method}")
-        if key in REPLAY and key != "replay" and (args.replay or numbers["replay"]) != kind:
+        if kind and (args.replay or numbers["replay"]) != kind:
             error(f"{given} means nothing without --replay {kind}")
     if args.loss_weights:
         args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
@@ -943,14 +947,13 @@ def schedule_text(args):
     flags = []
     for key in SCHEDULES[args.method]:
         value = getattr(args, key)
-        if key in REPLAY and key != "replay" and args.replay != ("bank" if key == "bank_size" else "vae"):
+        if memory_kind(key) not in (None, args.replay):
             continue
         if isinstance(value, bool):
             flags.append(flag(key if value else f"no_{key}"))
         else:
             flags.append(f"{flag(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".strip())
-    flags.append(f"--eval-every {args.eval_every}")
-    lines = textwrap.wrap("  ".join(dict.fromkeys(flags)), 105, break_on_hyphens=False)
+    lines = textwrap.wrap("  ".join(flags), 105, break_on_hyphens=False)
     return "schedule   " + "\n           ".join(lines)
 
 

@@ -158,6 +158,14 @@ def information_entropy_loss(logits):
     return (log_p_bar.exp() * log_p_bar).sum()
 
 
+def information_entropy_log10(logits):
+    """L_ie with the decimal logarithm: DAFL, PRE-DFKD [C] and, with DAFL's class terms, MSKD.
+
+    logits (B, K) -> scalar in [-log10 K, 0].
+    """
+    return information_entropy_loss(logits) / math.log(10)
+
+
 def activation_loss(features):
     """L_a = -mean |f| over batch and features: small when features are as strong as on real data.
 
@@ -222,8 +230,7 @@ def dafl_loss(logits, features, a, b, c):
 
     logits (B, K), features (B, D), weights a, b, c -> scalar. MNIST: 1, 5, 0.1; CIFAR-10: 0.05, 5, 0.01 [C].
     """
-    L_ie = information_entropy_loss(logits) / math.log(10)
-    return a * one_hot_loss(logits) + b * L_ie + c * activation_loss(features)
+    return a * one_hot_loss(logits) + b * information_entropy_log10(logits) + c * activation_loss(features)
 
 
 def mode_seeking_loss(images, z):
@@ -243,8 +250,7 @@ def mskd_loss(images, z, logits, a, b, c):
 
     images (B, C, H, W), z (B, d), logits (B, K), weights a, b, c -> scalar.
     """
-    L_ie = information_entropy_loss(logits) / math.log(10)
-    return a * one_hot_loss(logits) + b * L_ie + c * mode_seeking_loss(images, z)
+    return a * one_hot_loss(logits) + b * information_entropy_log10(logits) + c * mode_seeking_loss(images, z)
 
 
 # ---------------------------------------------------------------- PRE-DFKD

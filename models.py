@@ -298,10 +298,8 @@ def train(name, real, info, epochs, seed, precision, checkpoint, show):
         saved = data.load_tensors(checkpoint)
         try:
             first = saved["epochs"]
-            for part, state in zip(parts, saved["parts"], strict=True):
-                part.load_state_dict(state)
-            set_random_state(saved["random"], device)
-        except Exception:  # whatever a state dict of another form leads to
+            restore(zip(parts, saved["parts"], strict=True), saved["random"], device)
+        except (LookupError, TypeError, ValueError):
             raise NetworkError(f"{checkpoint}: no half-trained teacher of this program; delete it") from None
     begun = shown = time.perf_counter()
     for epoch in range(first, epochs):
@@ -351,8 +349,8 @@ def load(path, name, info, device, precision):
     for key in ("state_dict", "model"):  # as training scripts save it, beside other things
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    items = state.items() if isinstance(state, dict) else [(0, 0)]
-    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in items):
+    plain = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not plain or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise NetworkError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
     state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel adds it
     for key, value in state.items():
@@ -407,6 +405,27 @@ def set_random_state(state, device):
     torch.set_rng_state(state["cpu"])
     if torch.device(device).type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def restore(pairs, random, device):
+    """Give each part, a tensor or what has a state_dict, the state saved beside it; then set the random state.
+
+    ValueError where a state does not fit: torch's schedules and optimisers would take anything.
+    """
+    try:
+        for part, state in pairs:
+            tensor = isinstance(part, torch.Tensor)
+            if not data.same_form(part if tensor else part.state_dict(), state):
+                raise ValueError("a state of another form")
+            if tensor:
+                part.copy_(state)
+            else:
+                part.load_state_dict(state)
+        set_random_state(random, device)
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def clock(seconds):

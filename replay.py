@@ -9,13 +9,11 @@ Reference
     PRE-DFKD     Binici et al., AAAI 2022                https://arxiv.org/abs/2201.03019
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generators import Generator, at_least_float32, information_entropy_loss, one_hot_loss, uniform_weights
+from generators import Generator, at_least_float32, information_entropy_log10, one_hot_loss, uniform_weights
 
 # ---------------------------------------------------------------- the VAE
 
@@ -105,7 +103,7 @@ def latent_balance_loss(z, logits):
     z (B, d), logits (B, K) = T(M(z)) -> scalar. L_ie is in log10; the statistics are per dimension over the batch [C].
     """
     var, mean = torch.var_mean(z, 0)
-    L_ie = information_entropy_loss(logits) / math.log(10)
+    L_ie = information_entropy_log10(logits)
     return one_hot_loss(logits) + 5 * L_ie + ((var - 1) ** 2).mean() + (mean**2).mean()
 
 
