@@ -900,7 +900,7 @@ def fill_schedule(args, error):
         args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
         if len(args.loss_weights) != len(usual):
             error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
-    if args.ours:
+    if args.ours is not None:
         args.ours = tuple(args.ours)
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
