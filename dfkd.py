@@ -208,9 +208,9 @@ def rdskd(teacher, student, info, args, run):
         if memory:
             run.log(**memory.learn(x.detach(), teacher, rehearse=step > 0))
 
-    G.eval()
+    frozen_G = generators.frozen(G)
     for _ in run.steps("student", args.steps, evaluate=True):
-        x = beside_memory(generators.fresh_images(G, B), memory, teacher)
+        x = beside_memory(generators.fresh_images(frozen_G, B), memory, teacher)
         L_kd = generators.distillation_loss(student(x), teacher(x), tau)
         minimise(L_kd, optimiser_S, decay_S)
         run.log(L_kd=L_kd)

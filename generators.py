@@ -25,6 +25,7 @@ References
 """
 
 import contextlib
+import copy
 import math
 
 import torch
@@ -32,7 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Dirichlet, MultivariateNormal
 from torch.linalg import vector_norm
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, skip_init
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 
 # ---------------------------------------------------------------- the image generator
 
@@ -50,12 +52,33 @@ class UpsampleConv2d(nn.Conv2d):
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, 3, padding=1, bias=False)
-        repeat = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # U
-        self.register_buffer("repeat", repeat, persistent=False)
+        U = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        self.register_buffer("repeat", torch.kron(U, U), persistent=False)  # U w U^T, for w and v as vectors
+
+    def kernel(self):
+        """v (I, O, 4, 4), for the transposed convolution."""
+        v = float32_weight(self).flatten(2) @ self.repeat.T
+        return v.unflatten(2, (4, 4)).transpose(0, 1)
 
     def forward(self, x):  # (B, I, H, W) -> (B, O, 2H, 2W)
-        v = torch.einsum("pa,oiab,qb->iopq", self.repeat, float32_weight(self), self.repeat)
-        return F.conv_transpose2d(x, v, stride=2, padding=1)
+        return F.conv_transpose2d(x, self.kernel(), stride=2, padding=1)
+
+
+class NarrowConv2d(nn.Conv2d):
+    """A 3 x 3 convolution to one or three channels: one 1 x 1 convolution, then nine shifted planes are added.
+
+    Its nine taps see the same channels. So w_k x is computed once for each tap k, and y[n] = sum_k (w_k x)[n + k - 1]
+    is another convolution, over nine planes for each output, whose weights are 0 and 1. It is the same function;
+    processors compute it faster. The weight keeps its 3 x 3 shape.
+    """
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.register_buffer("shift", torch.eye(9).view(1, 9, 3, 3).repeat(outputs, 1, 1, 1), persistent=False)
+
+    def forward(self, x):  # (B, I, H, W) -> (B, O, H, W)
+        w = float32_weight(self).permute(0, 2, 3, 1).reshape(-1, self.in_channels, 1, 1)  # (9 O, I, 1, 1)
+        return F.conv2d(F.conv2d(x, w), self.shift, self.bias, padding=1, groups=self.out_channels)
 
 
 class Generator(nn.Module):
@@ -82,7 +105,7 @@ class Generator(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, eps=0.8)
         self.conv2 = UpsampleConv2d(width, width // 2)
         self.bn3 = nn.BatchNorm2d(width // 2, eps=0.8)
-        self.conv3 = nn.Conv2d(width // 2, channels, 3, padding=1)
+        self.conv3 = NarrowConv2d(width // 2, channels)
         self.bn4 = nn.BatchNorm2d(channels, affine=False)
         if bound:
             uniform_weights(self, bound)
@@ -96,7 +119,7 @@ class Generator(nn.Module):
             x = self.bn1(x.contiguous(memory_format=torch.channels_last))
             x = F.leaky_relu(self.bn2(self.conv1(x)), 0.2, inplace=True)  # (B, 128, H/2, W/2)
             x = F.leaky_relu(self.bn3(self.conv2(x)), 0.2, inplace=True)  # (B, 64, H, W)
-            x = F.conv2d(x, float32_weight(self.conv3), self.conv3.bias, padding=1)  # (B, C, H, W)
+            x = self.conv3(x)  # (B, C, H, W)
         return self.bn4(at_least_float32(x).tanh())
 
 
@@ -118,6 +141,34 @@ def uniform_weights(net, bound):
             nn.init.uniform_(layer.weight, -bound, bound)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def frozen(G):
+    """A copy of G in eval mode whose BatchNorms are folded into the layers before them: the same images, sooner.
+
+    In eval mode BatchNorm is affine. With s = gamma / sqrt(variance + eps) per channel,
+        BN(W x + b) = s (W x + b - mean) + beta = (s W) x + (s (b - mean) + beta).
+    The last BatchNorm stays: tanh comes before it. Later changes of G do not reach the copy. For G without spectral
+    norm.
+    """
+    folded = copy.deepcopy(G).eval()
+    linear, bn = folded.linear, folded.bn1
+    statistics = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    mean, variance, gamma, beta = (v.repeat_interleave(G.start**2) for v in statistics)  # the channel of each output
+    linear.weight, linear.bias = fuse_linear_bn_weights(
+        linear.weight, linear.bias, mean, variance, bn.eps, gamma, beta
+    )
+    folded.conv1 = transposed(fuse_conv_bn_eval(folded.conv1, folded.bn2))
+    folded.conv2 = transposed(fuse_conv_bn_eval(folded.conv2, folded.bn3))
+    folded.bn1 = folded.bn2 = folded.bn3 = nn.Identity()
+    return folded.requires_grad_(False)
+
+
+def transposed(conv):
+    """The upsampling convolution as torch's own layer, its kernel computed once; no random number is drawn."""
+    layer = skip_init(nn.ConvTranspose2d, conv.in_channels, conv.out_channels, 4, stride=2, padding=1)
+    layer.weight, layer.bias = nn.Parameter(conv.kernel().detach()), conv.bias
+    return layer
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ References
     WRN-d-k        Zagoruyko & Komodakis 2016                            https://arxiv.org/abs/1605.07146
 """
 
+import ctypes
 import json
 import math
 import os
@@ -439,16 +440,31 @@ def clock(seconds):
 def set_up_torch(threads):
     """What is the same for the whole process."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     # MKL chooses the kernel of a function at its first call. Two threads that make this call together may get different
     # kernels, and results then differ in the last bits from one process to the next. 16 numbers take one thread.
     for function in (torch.tanh, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.erf):
         function(torch.ones(16))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler: 1.4 seconds
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:
         print("note: other processes keep the cores busy; runs side by side are faster with --threads 1 each")
+
+
+def keep_freed_memory():
+    """glibc gives large tensors back to the system, which clears their pages anew at every step: a fifth of the time.
+
+    After this the process keeps what it frees and uses it again. Other C libraries have no such switch.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def cores_in_use(seconds=0.2):

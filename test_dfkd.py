@@ -359,6 +359,27 @@ def test_upsampling_convolution_is_upsampling_and_convolution():
         assert torch.allclose(a, b, atol=1e-12)
 
 
+def test_narrow_convolution_is_a_convolution():
+    conv = g.NarrowConv2d(5, 3).double()
+    x = torch.randn(2, 5, 7, 6).double()
+    assert torch.allclose(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), atol=1e-12)
+    assert torch.autograd.gradcheck(conv, (x.requires_grad_(),))
+
+
+def test_frozen_generator_gives_the_images_of_eval_mode():
+    G = g.Generator(7, 3, 12, width=6).double()
+    for p in G.parameters():
+        nn.init.normal_(p)
+    for _ in range(3):
+        G(1 + 2 * torch.randn(20, 7).double())  # statistics unlike those of a new network
+    z, state = torch.randn(9, 7).double(), copy.deepcopy(G.state_dict())
+    frozen = g.frozen(G)
+    assert not torch.allclose(frozen(z), G(z))  # G is in train mode still, and its statistics move; the copy's stay
+    G.load_state_dict(state)
+    assert torch.allclose(frozen(z), G.eval()(z), atol=1e-12)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_generator_makes_normalised_images(channels):
     x = g.Generator(10, channels, image_size=16, width=8)(torch.randn(32, 10))
@@ -2365,7 +2386,7 @@ def step_times(path, steps, more=""):
     """Milliseconds of one generator step and one student step of `dfkd.rdskd`, batch 512, the paper's networks."""
     flags = f"--schedule paper --dataset mnist --generator-steps {steps} --steps {steps} {more}"
     args = dfkd.parse(f"{flags} {'--precision fp32' if path == 'plain' else ''}".split())
-    watch, ours = Stopwatch(), dfkd.image_generator
+    watch, ours = Stopwatch(), (dfkd.image_generator, g.frozen)
     teacher, student = models.build("lenet5").to(args.device), models.build("lenet5_half").to(args.device)
     teacher.eval().requires_grad_(False)
 
@@ -2374,13 +2395,14 @@ def step_times(path, steps, more=""):
         return G, models.adam(G, args.generator_lr)
 
     if path == "plain":
-        dfkd.image_generator = plain_generator
+        dfkd.image_generator, g.frozen = plain_generator, PlainGenerator.eval
     else:
+        models.keep_freed_memory()
         teacher, student = (net.to(memory_format=torch.channels_last) for net in (teacher, student))
     try:
         dfkd.rdskd(teacher, student, data.INFO["mnist"], args, watch)
     finally:
-        dfkd.image_generator = ours
+        dfkd.image_generator, g.frozen = ours
     return watch.logged["generator"], watch.logged["student"]
 
 
