@@ -54,6 +54,8 @@ RDSKD = {
     "generator_steps":   (1000, 1000, 2400, 20 * EPOCH, 20 * EPOCH),  # [C]
     "generator_lr":      (1e-3, 1e-3, 1e-3, 1e-3, 1e-3),  # [C]
     "steps":             (5000, 12_000, 30_000, 1000 * EPOCH, 1000 * EPOCH),  # [C]
+    "terms":             (("oh", "ie", "ds"),) * 5,  # [C]
+    "penalty":           ("exp", "exp", "exp", "exp", "exp"),  # [P, C]
     "temperature":       (10.0, 10.0, 10.0, 10.0, 10.0),  # [C]
     "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),  # [C]
     "student_lr":        (1e-2, 1e-2, 2e-3, 2e-3, 2e-3),  # [C]
@@ -190,6 +192,7 @@ def rdskd(teacher, student, info, args, run):
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
     reference = torch.zeros(2, device=args.device)  # L_oh', L_ie' [C]
+    penalty = {"exp": torch.exp, "sum": torch.clone}[args.penalty]
     parts = dict(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.keep(**parts, reference=reference)
     run.samples = lambda: generators.fixed_images(G)
@@ -197,7 +200,7 @@ def rdskd(teacher, student, info, args, run):
     for step in run.steps("generator", args.generator_steps):
         x = G(torch.randn(B, d, device=args.device))
         t = teacher(x)
-        L_G = generators.rdskd_loss(x, t, reference)
+        L_G = generators.rdskd_loss(x, t, reference, args.terms, penalty)
         minimise(L_G, optimiser_G)
         with torch.no_grad():
             L_oh, L_ie = generators.one_hot_loss(t), generators.information_entropy_loss(t)
@@ -756,6 +759,8 @@ def parser():
     add("--student-decay", choices=("none", "cosine", "cycle", "drops"), help="of its rate: none, a cosine to 0, "
         f"15 %% up and then down, a tenth from steps {800 * EPOCH} and {1600 * EPOCH} on")  # fmt: skip
     add("--decay-every", type=number(int, 1), metavar="N", help="student steps between moves of the cosine (pre)")
+    add("--terms", nargs="+", choices=("oh", "ie", "ds"), metavar="L", help="rdskd: terms of L_G, of oh ie ds")
+    add("--penalty", choices=("exp", "sum"), help="rdskd: exp of the increase of L_oh and L_ie, or their plain sum")
     add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss and of soft labels")
     add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: "
         "L_ms in place of L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
@@ -902,6 +907,8 @@ def fill_schedule(args, error):
             error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
     if args.ours is not None:
         args.ours = tuple(args.ours)
+    if args.terms is not None:
+        args.terms = tuple(args.terms)
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
     args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)

@@ -262,15 +262,38 @@ def diversity_seeking_loss(images, logits):
     return distance_p / distance_x.clamp_min(1e-20)
 
 
-def rdskd_loss(images, logits, reference):
+def rdskd_loss(images, logits, reference, terms=("oh", "ie", "ds"), penalty=torch.exp):
     """L_G = exp(L_oh - L_oh') + exp(L_ie - L_ie') + L_ds: RDSKD's generator objective, which has no weights to tune.
 
     images (B, C, H, W), logits (B, K), reference = (L_oh', L_ie') -> scalar. The reference values are constants, seen
     earlier in training: an increase over them costs exponentially, a decrease earns little [P]. The form is [C].
-    The loop, `dfkd.rdskd`, renews them.
+    The loop, `dfkd.rdskd`, renews them. For comparison only [I]: `terms` may leave terms out, and another `penalty`
+    may stand in the place of exp; the identity gives the plain sum.
     """
-    L_oh, L_ie = one_hot_loss(logits), information_entropy_loss(logits)
-    return (L_oh - reference[0]).exp() + (L_ie - reference[1]).exp() + diversity_seeking_loss(images, logits)
+    L_G = torch.zeros_like(logits[0, 0])
+    if "oh" in terms:
+        L_G = L_G + penalty(one_hot_loss(logits) - reference[0])
+    if "ie" in terms:
+        L_G = L_G + penalty(information_entropy_loss(logits) - reference[1])
+    if "ds" in terms:
+        L_G = L_G + diversity_seeking_loss(images, logits)
+    return L_G
+
+
+@torch.no_grad()
+def diversity_within_classes(images, logits):
+    """How different images of one class are: root of the mean squared difference of their pixels, over all pairs [I].
+
+    images (B, C, H, W), logits (B, K) -> scalar; two independent images of unit variance differ by sqrt(2) = 1.41.
+    The class is the teacher's, argmax_k t; every image counts alike, an only one as 0. The mean square over pairs is
+    twice the variance.
+    """
+    classes, squared = logits.argmax(1), torch.zeros_like(images[0, 0, 0, 0])
+    for k in classes.unique():
+        members = images[classes == k].flatten(1)
+        if len(members) > 1:
+            squared += 2 * len(members) * members.var(0).mean()
+    return (squared / len(images)).sqrt()
 
 
 # ---------------------------------------------------------------- DAFL and MSKD

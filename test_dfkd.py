@@ -345,6 +345,24 @@ def test_images_are_optimised_towards_their_targets(teacher_file, watch, monkeyp
     assert torch.corrcoef(torch.stack([(t / 20).softmax(1).flatten(), y.flatten()]))[0, 1] > alike
 
 
+def test_rdskd_without_a_term_and_without_its_penalty():
+    x, t, reference = torch.randn(8, 1, 4, 4), 3 * torch.randn(8, 5), torch.tensor([0.3, -0.7])
+    L_oh, L_ie, L_ds = g.one_hot_loss(t), g.information_entropy_loss(t), g.diversity_seeking_loss(x, t)
+    for terms, L_G in ((("ie", "ds"), (L_ie + 0.7).exp() + L_ds), (("oh", "ds"), (L_oh - 0.3).exp() + L_ds),
+                       (("oh", "ie"), (L_oh - 0.3).exp() + (L_ie + 0.7).exp())):  # fmt: skip
+        assert g.rdskd_loss(x, t, reference, terms) == pytest.approx(L_G)
+    plain_sum = g.rdskd_loss(x, t, reference, penalty=torch.clone)
+    assert plain_sum == pytest.approx(L_oh - 0.3 + L_ie + 0.7 + L_ds)
+
+
+def test_diversity_within_classes():
+    x = torch.randn(7, 3, 4, 4)
+    t = F.one_hot(torch.tensor([0, 0, 0, 1, 1, 1, 2]), 3).float()
+    pairs = [[(x[i] - x[j]).square().mean() for i in c for j in c if i != j] for c in ((0, 1, 2), (3, 4, 5))]
+    expected = (3 * sum(pairs[0]) / 6 + 3 * sum(pairs[1]) / 6) / 7
+    assert g.diversity_within_classes(x, t) == pytest.approx(expected.sqrt())
+
+
 # ---------------------------------------------------------------- networks
 
 
@@ -711,7 +729,7 @@ PRE = "--method pre --student-steps 6 --steps 12"  # two rounds
 def test_rdskd_takes_its_reference_in_the_second_iteration_of_an_epoch(watch, monkeypatch):
     monkeypatch.setattr(dfkd, "EPOCH", 5)
     references, rdskd_loss = [], g.rdskd_loss
-    noted = lambda x, t, reference: references.append(reference.tolist()) or rdskd_loss(x, t, reference)  # noqa: E731
+    noted = lambda x, t, ref, *more: references.append(ref.tolist()) or rdskd_loss(x, t, ref, *more)  # noqa: E731
     monkeypatch.setattr(g, "rdskd_loss", noted)
     record, _ = watch("--method rdskd --generator-steps 13 --steps 1")
     seen = list(zip(record.logged["generator", "L_oh"], record.logged["generator", "L_ie"]))
