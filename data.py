@@ -8,6 +8,7 @@ Every malformed file raises DataError with one line that names the file and says
 tensors, tables and pictures, each there whole or not at all.
 """
 
+import base64
 import contextlib
 import csv
 import functools
@@ -653,6 +654,28 @@ def png(images, columns=8):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def svg_samples(pictures, count):
+    """The upper `count` pixel lines of pictures that `png` wrote, [(name, path), ...], as one SVG with their names."""
+    parts, y = [], 4
+    for name, path in pictures:
+        content = read(path, 2**26)
+        try:
+            width, _, _, colour = struct.unpack(">IIBB", content[16:26])
+            channels = {0: 1, 2: 3}[colour]
+            lines = zlib.decompressobj().decompress(content[41:], count * (1 + width * channels))  # as `png` writes
+            pixels = torch.frombuffer(bytearray(lines), dtype=torch.uint8).view(count, -1)[:, 1:]
+            row = png(pixels.reshape(1, count, width, channels).permute(0, 3, 1, 2) / 255)
+        except (KeyError, RuntimeError, ValueError, struct.error, zlib.error):
+            raise DataError(f"{path}: no samples of this program in it; make the run again") from None
+        parts.append(f'<text x="4" y="{y + count / 2 + 4:.0f}">{html.escape(name)}</text><image x="100" y="{y}" '
+                     f'width="{width}" height="{count}" '
+                     f'href="data:image/png;base64,{base64.b64encode(row).decode()}"/>')  # fmt: skip
+        y += count + 4
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {104 + width} {y}" font-family="sans-serif" '
+            'font-size="12"><rect width="100%" height="100%" fill="white"/>')  # fmt: skip
+    return "\n".join([head, *parts, "</svg>\n"]).encode()
+
+
 def svg_curves(runs, x_label="student step"):
     """Curves in percent, [(name, [(x, y), ...]), ...], as the bytes of one SVG picture.
 
@@ -677,7 +700,7 @@ def svg_curves(runs, x_label="student step"):
              f'<clipPath id="axes"><rect x="50" y="15" width="{width - 55}" height="{height - 45}"/></clipPath>',
              f'<path d="M50 20V{height - 30}H{width - 10}" fill="none" stroke="#888"/>',
              label(45, 24, f"{top:.1f} %"), label(45, height - 30, f"{bottom:.1f} %"),
-             label(width - 10, height - 12, f"{x_label} {last}")]  # fmt: skip
+             label(width - 10, height - 12, f"{x_label} {round(last, 1)}")]  # fmt: skip
     groups = dict(zip(dict.fromkeys(name for name, _ in runs), colours))
     for name, run in runs:
         points = " ".join(place(*point) for point in run)
@@ -703,11 +726,12 @@ HEADINGS = "run | teacher | student | seeds | maximum | μ | σ² | μ, second h
 
 
 def finished(folder):
-    """A run's figures and its curve, [(step, accuracy), ...], from its result.json and metrics.csv."""
+    """A run's figures and its curve, [(step, minutes, accuracy), ...], from its result.json and metrics.csv."""
     damaged = DataError(f"{folder}: metrics.csv or result.json is damaged; the run's command with --resume writes them")
     try:
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines(), strict=True))
-        curve = [(int(row["step"]), float(row["accuracy"])) for row in rows if row["accuracy"]]
+        measured = [row for row in rows if row["accuracy"]]
+        curve = [(int(row["step"]), float(row["seconds"]) / 60, float(row["accuracy"])) for row in measured]
         result = json.loads((folder / "result.json").read_text())
         figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
     except OSError:
@@ -718,7 +742,7 @@ def finished(folder):
         raise damaged
     if not curve:
         raise DataError(f"{folder}: the run was not evaluated, it has no accuracies")
-    sound = all(0 <= accuracy <= 100 and 0 <= step < 2**53 for step, accuracy in curve)
+    sound = all(0 <= a <= 100 and 0 <= step < 2**53 and 0 <= minutes < 2**53 for step, minutes, a in curve)
     if not sound or not all(0 <= figure < 2**53 for figure in figures.values()) or curve[-1][0] != figures["steps"]:
         raise damaged
     return figures, curve
@@ -738,7 +762,7 @@ def results_table(folders):
     for name, runs in groups.items():
         mean = {key: statistics.fmean(figures[key] for figures, _ in runs) for key in (*FIGURES, "seconds")}
         last = [figures["accuracy_last"] for figures, _ in runs]
-        halves = [[a for _, a in curve[len(curve) // 2 :]] for _, curve in runs]
+        halves = [[a for *_, a in curve[len(curve) // 2 :]] for _, curve in runs]
         cells = [
             name,
             f"{mean['teacher_accuracy']:.2f}",

@@ -800,6 +800,9 @@ def parser():
 
     add = top.add_argument_group("finished runs: distil nothing").add_argument
     add("--plot", nargs="+", metavar="RUN", help="draw the accuracies of runs into --out (default: runs/curves.svg)")
+    add("--over", choices=("steps", "minutes"), default="steps", help="what --plot draws them over (default: steps)")
+    add("--pictures", nargs="+", metavar="RUN", help="put samples of runs into --out (default: runs/samples.svg)")
+    add("--lines", type=number(int, 1, 1024), default=32, metavar="N", help="pixel lines of each (default: 32)")
     add("--table", nargs="+", metavar="RUN", help="print a row for each group of runs that differ in the seed")
     return top
 
@@ -808,9 +811,10 @@ def parse(argv):
     """The arguments, with the schedule's numbers filled in and `auto` decided, but for --layer and --sigma."""
     top = parser()
     args = top.parse_args(argv)
-    if args.plot and args.table:
-        top.error("--plot and --table are two commands")
-    if args.plot or args.table:
+    finished = [flag(key) for key in ("plot", "pictures", "table") if getattr(args, key)]
+    if len(finished) > 1:
+        top.error(f"{' and '.join(finished)} are different commands: give one of them")
+    if finished:
         return args
     name_data(args, top.error)
     name_networks(args, top.error)
@@ -917,7 +921,7 @@ def fill_schedule(args, error):
 # ---------------------------------------------------------------- one whole run
 
 # Flags that may differ when a run goes on: they change no number.
-ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "plot", "table")
+ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "plot", "over", "pictures", "lines", "table")
 
 
 def distil(args):
@@ -941,6 +945,7 @@ def distil(args):
         run.begin(teacher, lambda: evaluate(student))
         try:
             if args.method == "kd":
+                run.samples = lambda: data.normalise(real.train_images[:64], info)
                 on_images(real_images(real, info, args), teacher, student, args, run)
             else:
                 LOOPS[args.method](teacher, student, info, args, run)
@@ -1005,16 +1010,25 @@ def summary(result, out):
     print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
 
 
+def drawn_runs(args):
+    """The picture that --plot or --pictures asks for."""
+    if args.pictures:
+        samples = [(data.without_seed(run), Path(run) / "samples.png") for run in args.pictures]
+        return data.svg_samples(samples, args.lines)
+    axis, x_label = (1, "minutes") if args.over == "minutes" else (0, "student step")
+    curves = [(data.without_seed(run), data.finished(Path(run))[1]) for run in args.plot]
+    return data.svg_curves([(name, [(point[axis], point[2]) for point in curve]) for name, curve in curves], x_label)
+
+
 def main(argv=None):
     args = parse(argv)
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
     try:
-        if args.plot:
-            picture = Path(args.out or "runs/curves.svg")
+        if args.plot or args.pictures:
+            picture = Path(args.out or f"runs/{'curves' if args.plot else 'samples'}.svg")
             picture.parent.mkdir(parents=True, exist_ok=True)
-            runs = [(data.without_seed(folder), data.finished(Path(folder))[1]) for folder in args.plot]
-            data.write(picture, data.svg_curves(runs, "student step"))
+            data.write(picture, drawn_runs(args))
             print(f"drawn: {picture}")
         elif args.table:
             print(data.results_table(args.table))
