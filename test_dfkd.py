@@ -1552,7 +1552,8 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == set(dfkd.FILES) - {"transfer"}
     result = result_of(out)
     fields = """method dataset teacher student seed steps teacher_accuracy accuracy_last accuracy_max accuracy_mean
-        accuracy_variance replay_bytes transfer_set seconds args torch_version git_commit"""
+        accuracy_variance agreement_fresh agreement_memory replay_bytes transfer_set seconds args torch_version
+        git_commit"""
     assert list(result) == fields.split()
     curve = [float(row["accuracy"]) for row in rows_of(out) if row["accuracy"]]
     assert len(curve) == 3 and result["accuracy_last"] == curve[-1] and result["accuracy_max"] == max(curve)
