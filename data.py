@@ -194,6 +194,36 @@ def stroke_distance(points):
     return np.sqrt(np.maximum(squared, 0))
 
 
+# ---------------------------------------------------------------- test images of one's own: .npz
+
+NPZ_LIMIT = 2**31  # bytes
+
+
+def test_set(path, info):
+    """The arrays `images`, uint8 (N, C, H, W) or (N, H, W, C), and `labels` of a .npz file: (N, C, H, W) and (N,)."""
+    with opened(path, NPZ_LIMIT) as file:
+        try:
+            held = np.load(file, allow_pickle=False)
+            if sum(member.file_size for member in held.zip.infolist()) > NPZ_LIMIT:  # few compressed bytes may be many
+                raise ValueError(f"more than {NPZ_LIMIT} bytes")
+            images, labels = held["images"], held["labels"]
+        except Exception as error:  # numpy raises whatever the damaged bytes lead to
+            raise DataError(f"{path}: no plain arrays images and labels can be read ({' '.join(str(error).split())}); "
+                            f"write it with np.savez(FILE, images=..., labels=...)") from None  # fmt: skip
+    first, last = (info.channels, info.size, info.size), (info.size, info.size, info.channels)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] not in (first, last):
+        raise DataError(f"{path}: images is {images.dtype} {images.shape}, expected uint8 (N, {str(first)[1:]} or "
+                        f"(N, {str(last)[1:]}; see --channels, --image-size")  # fmt: skip
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise DataError(f"{path}: labels is {labels.dtype} {labels.shape}, expected whole numbers (N,)")
+    check_labels(path, images, labels, info.classes)
+    if labels.min() < 0:
+        raise DataError(f"{path}: label {labels.min()}, expected 0 to {info.classes - 1}")
+    if images.shape[1:] != first:
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
 # ---------------------------------------------------------------- MNIST and Fashion-MNIST: four IDX files
 
 # File name -> SHA-256 of the gzipped file, see `download`.

@@ -212,6 +212,7 @@ def rdskd(teacher, student, info, args, run):
             run.log(**memory.learn(x.detach(), teacher, rehearse=step > 0))
 
     frozen_G = generators.frozen(G)
+    run.fresh = (generators.fresh_images(frozen_G, B) for _ in range(8))
     for _ in run.steps("student", args.steps, evaluate=True):
         x = beside_memory(generators.fresh_images(frozen_G, B), memory, teacher)
         L_kd = generators.distillation_loss(student(x), teacher(x), tau)
@@ -249,6 +250,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     memory = replay_memory(info, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
+    run.fresh = (generators.fresh_images(G, B) for _ in range(8))
 
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
         z = torch.randn(B, d, device=args.device)
@@ -281,6 +283,7 @@ def pre(teacher, student, info, args, run):
     memory = replay_memory(info, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
+    run.fresh = (generators.fresh_images(G, B) for _ in range(8))
 
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
         x = G(torch.randn(B, d, device=args.device))
@@ -387,6 +390,7 @@ def transfer_set(make_images, teacher, student, info, args, run):
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
     run.samples = None  # the picture is there
+    run.fresh = (make_images(index)[0] for index in [torch.arange(args.image_batch, device=args.device) + args.images])
     batches = [data.load_tensors(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])
@@ -403,6 +407,7 @@ def transfer_set(make_images, teacher, student, info, args, run):
 def noise(teacher, student, info, args, run):
     """The lower bound: S learns from T's outputs on Gaussian images."""
     shape = (args.batch, info.channels, info.size, info.size)
+    run.fresh = (torch.randn(shape, device=args.device) for _ in range(8))
     on_images(lambda: torch.randn(shape, device=args.device), teacher, student, args, run)
 
 
@@ -529,6 +534,7 @@ class Run:
         self.out, self.commit, self.begun = Path(args.out), data.git_commit(), 0.0
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
+        self.turn, self.fresh = 0, None  # batches of images that S is not trained on, made when they are asked for
         if args.resume and (self.out / "checkpoint.pt").exists():
             self.resume()
 
@@ -553,7 +559,8 @@ class Run:
 
     def begin(self, teacher, evaluate):
         """From here on the seconds count. A resumed run must have the same teacher; evaluate() -> accuracy of S."""
-        self.evaluate, self.settings["teacher_crc"] = evaluate, models.crc(teacher)
+        self.teacher, self.evaluate = teacher, evaluate
+        self.settings["teacher_crc"] = models.crc(teacher)
         if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
             raise RunError(f"{self.out}: began with another teacher; give the same to resume")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
@@ -645,18 +652,33 @@ class Run:
         mean, std = data.mean_and_std(self.info, "cpu")
         return data.png((self.samples().float().cpu() * std + mean).clamp(0, 1))
 
+    def compared(self, batches):
+        """On batches of images: on how many percent S, in eval mode, names T's class; the diversity within T's classes.
+
+        It comes after the last step and its checkpoint: what it draws, and what it changes in G, changes no result.
+        """
+        self.where, student = "agreement ", self.kept["S"].eval()
+        batches = list(batches)  # those of a memory need gradients
+        with torch.no_grad():
+            x, t, s = map(torch.cat, zip(*((x, self.teacher(x), student(x)) for x in batches)))
+        same = (s.argmax(1) == t.argmax(1)).float().mean()
+        return 100 * same.item(), generators.diversity_within_classes(x, t).item()
+
     def finish(self, teacher_accuracy):
         """Write student.pt and, last of all, result.json -> the result."""
         args, memory, student = self.args, self.kept.get("memory"), self.kept["S"].state_dict()
         if not all(value.isfinite().all() for value in student.values()):
             raise RunError("the student's weights became NaN in its last steps; try lower learning rates")
         curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
+        agreement, diversity = self.compared(self.fresh) if self.fresh else (None, None)
+        recalled = self.compared(memory.recall(args.batch, self.teacher) for _ in range(8))[0] if memory else None
         result = dict(
             method=args.method, dataset=args.dataset, teacher=args.teacher_arch, student=args.student_arch,
             seed=args.seed, steps=args.steps, teacher_accuracy=teacher_accuracy,
             accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
+            agreement_fresh=agreement, agreement_memory=recalled, diversity=diversity,
             replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None,
             seconds=self.rows[-1]["seconds"], args=self.settings, torch_version=torch.__version__,
             git_commit=self.commit,
@@ -737,13 +759,20 @@ def parser():
     methods = [*LOOPS, "kd"]
     add("--method", choices=methods, default="rdskd", metavar="NAME", help=f"{', '.join(methods)} (default: rdskd)")
     add("--dataset", choices=data.INFO, metavar="NAME", help=f"{', '.join(data.INFO)} (default: glyphs, drawn here)")
-    add("--data-dir", default="datasets", metavar="DIR", help="folder with a folder per data set; downloads go there")
-    add("--teacher", metavar="FILE", help="the teacher's state dict; without it, one is trained and kept")
-    add("--teacher-arch", metavar="NAME", help=f"{', '.join(models.NAMES)}, any wrn-D-K")
-    add("--student-arch", metavar="NAME", help="the student's network (default: the papers' for this teacher)")
-    add("--num-classes", type=number(int, 2), metavar="K", help="a teacher without a data set: its classes")
-    add("--channels", type=number(int, 1), metavar="C", help="a teacher without a data set: the channels of its images")
-    add("--no-eval", action="store_true", help="touch no data set at all: needs --teacher; the student is not measured")
+    add("--data-dir", default="datasets", metavar="DIR", help="folder of the data sets' folders and downloads")
+    add("--teacher", metavar="FILE", help="its state dict (default: one is trained here)")
+    add("--teacher-arch", metavar="NAME", help=f"{', '.join(models.NAMES)}, any wrn-D-K, or FILE.py:NAME")
+    add("--student-arch", metavar="NAME", help="the student's (default: as the papers have it)")
+    add("--no-eval", action="store_true", help="touch no data set and measure nothing: for --teacher")
+    add("--export", metavar="FILE.pt2", help="the student as torch.export.save writes it")
+
+    add = top.add_argument_group("a teacher without a data set: needs --teacher and --teacher-arch").add_argument
+    add("--num-classes", type=number(int, 2), metavar="K", help="its classes (default: FILE.py:NAME's, or 10)")
+    add("--channels", type=number(int, 1), metavar="C", help="channels of its images (default: 3)")
+    add("--image-size", type=number(int, 8, 1024), metavar="N", help="their side, a multiple of 4 (default: 32)")
+    add("--mean", type=number(float, 0, 1), nargs="+", metavar="M", help="of its pixels, per channel (default: 0.5)")
+    add("--std", type=number(float, 1e-3), nargs="+", metavar="S", help="their deviation (default: 0.25)")
+    add("--test", metavar="FILE.npz", help="images and labels that measure; see README.md")
 
     add = top.add_argument_group("schedule").add_argument
     add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU; what is published")
@@ -830,15 +859,31 @@ def parse(argv):
     return args
 
 
+DESCRIPTION = ("num_classes", "channels", "image_size", "mean", "std", "test")  # of a teacher without a data set
+
+
 def name_data(args, error):
     """The data set by name, or `own` for somebody's own teacher."""
-    if args.num_classes or args.channels:
+    own = ":" in (args.teacher_arch or "")
+    if own and not args.teacher:
+        error(f"--teacher-arch {args.teacher_arch}: it is not trained here, give --teacher FILE")
+    given = [flag(key) for key in DESCRIPTION if getattr(args, key)] or ["--teacher-arch"] * (own and not args.dataset)
+    if given:
         if not args.teacher or not args.teacher_arch:
-            error("--num-classes and --channels describe your own teacher: give --teacher FILE and --teacher-arch NAME")
+            error(f"{given[0]} describes your own teacher: give --teacher FILE and --teacher-arch NAME")
         if args.dataset or args.method == "kd":
-            error("--num-classes and --channels are for a teacher without a data set: no --dataset, no --method kd")
-        args.dataset, args.no_eval = "own", True
-        args.num_classes, args.channels = args.num_classes or 10, args.channels or 3
+            error(f"{given[0]} is for a teacher without a data set: no --dataset, no --method kd")
+        if args.no_eval and args.test:
+            error("--no-eval measures nothing, --test FILE does: give one of them")
+        args.dataset, args.no_eval = "own", not args.test
+        args.channels, args.image_size = args.channels or len(args.mean or (1, 2, 3)), args.image_size or 32
+        args.mean, args.std = tuple(args.mean or (0.5,) * args.channels), tuple(args.std or (0.25,) * args.channels)
+        if args.image_size % 4:
+            error(f"--image-size {args.image_size} is no multiple of 4")
+        if not len(args.mean) == len(args.std) == args.channels:
+            error(f"--mean and --std: {len(args.mean)} and {len(args.std)} numbers for {args.channels} channels")
+        if args.test and not Path(args.test).is_file():
+            error(f"--test {args.test}: no file there")
     args.dataset = args.dataset or "glyphs"
     if args.no_eval and not args.teacher:
         error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
@@ -846,10 +891,13 @@ def name_data(args, error):
         error("--method kd distils on real images, --no-eval touches none")
     if args.teacher and not Path(args.teacher).is_file():
         error(f"--teacher {args.teacher}: no file there")
+    if args.export and not (args.export.endswith(".pt2") and Path(args.export).parent.is_dir()):
+        error(f"--export {args.export}: give a FILE.pt2 in a folder that is there")
     args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS.get(args.dataset)
 
 
 def name_networks(args, error):
+    """Which networks; they are built once to see that they fit the images and, for an own teacher, its classes."""
     args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
     for key in ("teacher_arch", "student_arch"):
         arch = getattr(args, key) or STUDENTS.get(args.teacher_arch)
@@ -857,16 +905,32 @@ def name_networks(args, error):
             error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
         setattr(args, key, arch)
         try:
-            with torch.device("meta"):
-                models.build(arch)
-        except ValueError as problem:
+            net = models.sample(arch, data_info(args))
+        except (ValueError, models.NetworkError) as problem:
             error(f"{flag(key)}: {problem}")
+        if args.dataset == "own" and key == "teacher_arch":
+            args.num_classes = net.classes
+        if isinstance(net, models.Own) and key == "teacher_arch":
+            fit_method(net, args, error)
+
+
+def fit_method(teacher, args, error):
+    """Refuse a method that needs more of the user's network than it has."""
+    name, method = f"--teacher-arch {args.teacher_arch}", args.method
+    if method in ("pre", "dafl", "soft-target", "zskd") and not teacher.last:
+        error(f"{name}: no nn.Linear is called in it, and --method {method} needs the last one; take rdskd or mskd")
+    if method in ("soft-target", "zskd") and not teacher.ends_there:
+        error(f"{name}: its logits are not what its last nn.Linear, {teacher.last}, gives, and --method {method} needs "
+              f"that; take another method")  # fmt: skip
+    plain = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if method == "deepinversion" and any(m.running_mean is None for m in plain):
+        error(f"{name}: its BatchNorm has no running statistics, which deepinversion needs; take another method")
 
 
 def data_info(args):
     """What the run may know of the data: of the data set by name, or the shape of somebody's own teacher."""
     if args.dataset == "own":
-        return data.Info(args.num_classes, args.channels, (0.5,) * args.channels, (0.25,) * args.channels)
+        return data.Info(args.num_classes, args.channels, args.mean, args.std, size=args.image_size)
     return data.INFO[args.dataset]
 
 
@@ -921,7 +985,8 @@ def fill_schedule(args, error):
 # ---------------------------------------------------------------- one whole run
 
 # Flags that may differ when a run goes on: they change no number.
-ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "plot", "over", "pictures", "lines", "table")
+ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "export")
+ELSEWHERE += ("plot", "over", "pictures", "lines", "table")
 
 
 def distil(args):
@@ -933,13 +998,21 @@ def distil(args):
     print(schedule_text(args), flush=True)
     with data.claimed(out, FILES, args.resume):
         run = Run(args, info)
-        real = None if args.no_eval else data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
+        real, test = None, None
+        if args.test:
+            test = [v.to(args.device) for v in data.test_set(Path(args.test), info)]
+        elif not args.no_eval:
+            real = data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
+            test = real.test_images, real.test_labels
         teacher = get_teacher(args, info, real)
         torch.manual_seed(args.seed)
         student = models.on_device(args.student_arch, info, args.device, args.precision)
 
         def evaluate(net):
-            return None if real is None else models.accuracy(net, real.test_images, real.test_labels, info)
+            return None if test is None else models.accuracy(net, *test, info)
+
+        if isinstance(teacher, models.Own) and teacher.last:
+            print(f"features   what the teacher's last nn.Linear, {teacher.last}, reads")
 
         teacher_accuracy = evaluate(teacher)
         run.begin(teacher, lambda: evaluate(student))
@@ -950,6 +1023,9 @@ def distil(args):
             else:
                 LOOPS[args.method](teacher, student, info, args, run)
             summary(run.finish(teacher_accuracy), out)
+            if args.export:
+                data.write(Path(args.export), models.exported(student, info))
+                print(f"exported {args.export}")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.done else "") from None
 
@@ -998,7 +1074,11 @@ def summary(result, out):
         print(f"         over all {evaluations} evaluations: mean {result['accuracy_mean']:.2f} %, "
               f"variance {result['accuracy_variance']:.2f}, maximum {result['accuracy_max']:.2f} %")  # fmt: skip
     else:
-        print("the student was not evaluated")
+        print("student  not evaluated: no image with a label was looked at")
+    if result["agreement_fresh"] is not None:
+        memory = result["agreement_memory"]
+        print(f"         it agrees with the teacher on {result['agreement_fresh']:.1f} % of fresh synthetic images"
+              + ("" if memory is None else f", on {memory:.1f} % of memory samples"))  # fmt: skip
     made = result["transfer_set"]
     if made:
         agreement, strayed = 100 * made["agreement"], 100 * made["strayed"]

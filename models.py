@@ -5,7 +5,8 @@
     logits, features = net(x, return_features=True)   # features (B, D): what the last layer reads
 
 Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer, and `split(layer)`
-gives the way from the outputs of an inner layer to the logits.
+gives the way from the outputs of an inner layer to the logits. `Own` makes a Classifier of any network that maps images
+to logits: build("net.py:Net") calls Net in the file net.py.
 AlexNet is that of ZSKD's code [C]; test_dfkd.py holds the parameter counts.
 
 References
@@ -15,7 +16,12 @@ References
     WRN-d-k        Zagoruyko & Komodakis 2016                            https://arxiv.org/abs/1605.07146
 """
 
+import copy
 import ctypes
+import functools
+import importlib.util
+import inspect
+import io
 import json
 import math
 import os
@@ -209,11 +215,117 @@ class WRN(Classifier):
         return self.bn(self.blocks(self.stem(x))).relu().mean((2, 3))  # (B, 64 k)
 
 
+# ---------------------------------------------------------------- networks of one's own
+
+
+class Own(Classifier):
+    """Any network that maps images (B, C, H, W) to logits (B, K), with what the methods ask of a Classifier.
+
+    Its features are what its last nn.Linear reads. Which one that is, and K, are seen in a forward pass on a batch of
+    noise. The state dict is that of the network itself: files fit the user's class. Everything stays float32.
+    """
+
+    def __init__(self, name, net, channels, size):
+        super().__init__()
+        self.net, called = net.cpu().eval(), []
+        layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+        hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y))) for n, m in layers]
+        x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                logits = net(x)
+        except Exception as error:
+            raise NetworkError(f"{name} fails on images {tuple(x.shape)}, see --channels, --image-size: "
+                               f"{in_one_line(error)}") from None  # fmt: skip
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2 or found[1] < 2:
+            raise NetworkError(f"{name} gives {found} for images {tuple(x.shape)}, not logits (2, K)")
+        if not any(p.requires_grad for p in net.parameters()):
+            raise NetworkError(f"{name} has no weights that could be trained")
+        self.classes, (self.last, y) = found[1], called[-1] if called else (None, None)
+        self.ends_there = y is not None and torch.equal(y, logits)
+        self.train()
+
+    @property
+    def classifier(self):
+        return self.net.get_submodule(self.last)
+
+    def forward(self, x, return_features=False):
+        x = x.flatten(1).unflatten(1, x.shape[1:])  # NCHW: many networks call view(B, -1), which refuses channels_last
+        read = []
+        if not return_features or self.last is None:
+            return (self.net(x), None) if return_features else self.net(x)
+        hook = self.classifier.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
+        try:
+            return self.net(x), read[-1]
+        finally:
+            hook.remove()
+
+    def state_dict(self, *args, **more):
+        return self.net.state_dict(*args, **more)
+
+    def load_state_dict(self, *args, **more):
+        return self.net.load_state_dict(*args, **more)
+
+
+def in_one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+@functools.cache
+def module_of(path):
+    """The Python file `path`, run once; it may import the files beside it."""
+    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.append(str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def own(name, num_classes, channels, size):
+    """The network that FILE.py:NAME gives, called with num_classes and channels where it takes them.
+
+    Without a number of classes (None), it is called without one.
+    """
+    file, _, attribute = name.rpartition(":")
+    path = Path(file).resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise NetworkError(f"{name}: no Python file {file}; give FILE.py:NAME")
+    call_mkl()  # before the user's code does
+    try:
+        make = getattr(module_of(path), attribute, None)
+    except (Exception, SystemExit) as error:
+        raise NetworkError(f"{file} cannot be imported: {in_one_line(error)}") from None
+    if not callable(make):
+        raise NetworkError(f"{file} has no function or class {attribute}")
+    try:
+        takes = inspect.signature(make).parameters
+        given = dict(num_classes=num_classes, channels=channels)
+        net = make(**{key: value for key, value in given.items() if key in takes and value is not None})
+    except (Exception, SystemExit) as error:
+        raise NetworkError(f"{name} cannot be called, see --num-classes, --channels: {in_one_line(error)}") from None
+    if not isinstance(net, nn.Module):
+        raise NetworkError(f"{name} gives a {type(net).__name__}, not a torch.nn.Module")
+    net = Own(name, net, channels, size)
+    if num_classes not in (None, net.classes):
+        raise NetworkError(f"{name} gives {net.classes} classes, not {num_classes}")
+    return net
+
+
 # ---------------------------------------------------------------- by name
 
 
-def build(name, num_classes=10, channels=1):
-    """The network called `name`: one of NAMES, or any wrn-D-K with D = 6 n + 4. Raises ValueError for other names."""
+def build(name, num_classes=10, channels=1, size=32):
+    """The network called `name`: one of NAMES, any wrn-D-K with D = 6 n + 4, or FILE.py:NAME for images of this size.
+
+    Raises ValueError for other names, NetworkError for a file that gives no such network.
+    """
+    if ":" in name:
+        return own(name, num_classes, channels, size)
     shape = (num_classes, channels)
     if name == "lenet5":
         return LeNet5((6, 16, 120, 84), *shape)
@@ -232,14 +344,47 @@ def build(name, num_classes=10, channels=1):
         depth, k = map(int, wrn.groups())
         if depth >= 10 and depth % 6 == 4 and k >= 1:
             return WRN(depth, k, *shape)
-    raise ValueError(f"unknown network '{name}'; choose from {', '.join(NAMES)}, any wrn-D-K with D = 10, 16, 22, ...")
+    raise ValueError(f"unknown network '{name}'; choose from {', '.join(NAMES)}, any wrn-D-K with D = 10, 16, 22, ..., "
+                     "FILE.py:NAME")  # fmt: skip
 
 
 def on_device(name, info, device, precision):
     """The network called `name` for such data. LeNets stay float32: they are too small to gain from less."""
-    net = build(name, info.classes, info.channels).to(device, memory_format=torch.channels_last)
+    net = build(name, info.classes, info.channels, info.size)
+    if isinstance(net, Own):
+        return net.to(device)
+    net.to(device, memory_format=torch.channels_last)
     net.bf16 = precision == "bf16" and not isinstance(net, LeNet5)
     return net
+
+
+def sample(name, info):
+    """A network called `name`, on no device for use, with its number of classes in it.
+
+    ValueError or NetworkError says in one line why there is none for such images.
+    """
+    if ":" in name:
+        return build(name, info.classes, info.channels, info.size)
+    with torch.device("meta"):  # it takes no time and no memory
+        net = build(name, info.classes or 10, info.channels).eval()
+        net.classes = net.classifier.out_features
+        try:
+            net.penultimate(torch.zeros(2, info.channels, info.size, info.size))
+        except RuntimeError as error:
+            raise NetworkError(f"{name} takes no images of {info.size} x {info.size}: {in_one_line(error)}") from None
+    return net
+
+
+def exported(net, info):
+    """The network as the bytes of a .pt2 file that takes batches of any size; torch.export.load reads it."""
+    net, buffer = copy.deepcopy(getattr(net, "net", net)).cpu().eval(), io.BytesIO()
+    x = torch.zeros(2, info.channels, info.size, info.size)
+    try:
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.export.save(program, buffer)
+    except Exception as error:  # torch cannot trace every network
+        raise NetworkError(f"the student, student.pt, cannot be exported: {in_one_line(error)}") from None
+    return buffer.getbuffer()
 
 
 # ---------------------------------------------------------------- teachers: trained here once, or given
@@ -247,12 +392,16 @@ def on_device(name, info, device, precision):
 TEACHER_BATCH = 128
 
 
+def trained_weights(net):
+    return [p for p in net.parameters() if p.requires_grad]  # some networks hold fixed ones
+
+
 def adam(net, lr):
-    return torch.optim.Adam(net.parameters(), lr, fused=True)
+    return torch.optim.Adam(trained_weights(net), lr, fused=True)
 
 
 def sgd(net, lr, nesterov=False):
-    return torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=nesterov)
+    return torch.optim.SGD(trained_weights(net), lr, momentum=0.9, weight_decay=5e-4, nesterov=nesterov)
 
 
 def student_optimiser(student, kind, lr, decay, steps, every=1, drops=()):
@@ -353,13 +502,14 @@ def load(path, name, info, device, precision):
     plain = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not plain or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise NetworkError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
-    state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel adds it
+    net = on_device(name, info, device, precision)
+    known = net.state_dict()
+    state = {k if k in known else k.removeprefix("module."): v for k, v in state.items()}  # DataParallel adds it
     for key, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
             raise NetworkError(f"{path}: '{key}' is sparse, quantised, complex or without values; save plain tensors")
         if not value.isfinite().all():
             raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
-    net = on_device(name, info, device, precision)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:  # a headline, then a line for each kind of difference
@@ -376,7 +526,8 @@ def accuracy(net, images, labels, info):
     training = net.training
     net.eval()
     right = 0
-    for x, y in zip(images.split(2000), labels.split(2000)):
+    batch = 2000 * 32**2 // info.size**2
+    for x, y in zip(images.split(batch), labels.split(batch)):
         right += (net(data.normalise(x, info)).argmax(1) == y).sum()
     net.train(training)
     return 100 * right.item() / len(labels)
@@ -441,10 +592,7 @@ def set_up_torch(threads):
     """What is the same for the whole process."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    # MKL chooses the kernel of a function at its first call. Two threads that make this call together may get different
-    # kernels, and results then differ in the last bits from one process to the next. 16 numbers take one thread.
-    for function in (torch.tanh, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.erf):
-        function(torch.ones(16))
+    call_mkl()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler: 1.4 seconds
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
@@ -465,6 +613,16 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def call_mkl():
+    """Call each of MKL's functions once, on one thread.
+
+    MKL chooses the kernel of a function at its first call. Two threads that make this call together may get different
+    kernels, and results then differ in the last bits from one process to the next. 16 numbers take one thread.
+    """
+    for function in (torch.tanh, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.erf):
+        function(torch.ones(16))
 
 
 def cores_in_use(seconds=0.2):

@@ -1605,7 +1605,8 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == set(dfkd.FILES) - {"transfer"}
     result = result_of(out)
     fields = """method dataset teacher student seed steps teacher_accuracy accuracy_last accuracy_max accuracy_mean
-        accuracy_variance replay_bytes transfer_set seconds args torch_version git_commit"""
+        accuracy_variance agreement_fresh agreement_memory diversity replay_bytes transfer_set seconds args torch_version
+        git_commit"""
     assert list(result) == fields.split()
     curve = [float(row["accuracy"]) for row in rows_of(out) if row["accuracy"]]
     assert len(curve) == 3 and result["accuracy_last"] == curve[-1] and result["accuracy_max"] == max(curve)
@@ -2008,7 +2009,7 @@ def two_runs(tmp_path):
     curves = {"<a>-0": ((10, 20.0), (20, 90.0), (30, 95.0), (40, 100.0)), "<a>-1": ((20, 85.0), (40, 92.0))}
     for name, curve in curves.items():
         (tmp_path / name).mkdir()
-        rows = [dict(stage="student", step=step, accuracy=accuracy, L_kd=0.5) for step, accuracy in curve]
+        rows = [dict(stage="student", step=step, accuracy=a, seconds=2 * step, L_kd=0.5) for step, a in curve]
         content = data.csv_rows([dict(stage="generator", step=5, L_G=2.5), *rows])
         (tmp_path / name / "metrics.csv").write_bytes(content)
         most = max(accuracy for _, accuracy in curve)
@@ -2352,6 +2353,277 @@ def test_the_readme_names_functions_that_exist():
     assert len(names) > 10
     for module, name in names:
         assert hasattr(sys.modules[module], name), f"{module}.{name}"
+
+
+# ---------------------------------------------------------------- own networks
+
+
+NETS = '''
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu, self.more = nn.ReLU(inplace=True), (outputs - inputs) // 2
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.more:  # option A: every other pixel, and channels of zeros
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more, self.more))
+        return self.relu(x + y)
+
+
+class ResNet20(nn.Module):
+    def __init__(self, num_classes=10, channels=3, width=16):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        a, b, c, d = width, width, 2 * width, 4 * width
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(Block(i, o, o // i), Block(o, o, 1), Block(o, o, 1)) for i, o in ((a, b), (b, c), (c, d)))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(d, num_classes)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = self.avgpool(x * self.scale)
+        return self.fc(x.view(x.size(0), -1))
+
+
+def thin(num_classes, channels=1):
+    return ResNet20(num_classes, channels, width=4)
+
+
+class CNN(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, width, 5, padding=2), nn.Conv2d(width, 2 * width, 5, padding=2)
+        self.bn, self.module = nn.BatchNorm2d(2 * width, track_running_stats=width != 5), nn.Linear(98 * width, 10)
+
+    def forward(self, x):
+        x = F.relu(self.bn(F.max_pool2d(self.conv2(F.max_pool2d(F.relu(self.conv1(x)), 2)), 2)))
+        return self.module(x.view(x.size(0), -1))
+
+
+small = lambda: CNN(4)
+batch_statistics = lambda: CNN(5)
+no_linear = lambda: nn.Sequential(nn.Conv2d(1, 10, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+not_last = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU())
+seven = lambda num_classes=7: nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))
+images = lambda: nn.Conv2d(1, 1, 3)
+text = lambda: "network"
+weightless = lambda: nn.Flatten()
+number = 3
+'''
+OWN = {  # how the teacher was trained: (network, size)
+    "CNN": "--teacher-arch {0}/nets.py:CNN --student-arch {0}/nets.py:small --teacher {0}/CNN.pt --image-size 28",
+    "thin": "--teacher-arch {0}/nets.py:thin --student-arch {0}/nets.py:thin --teacher {0}/thin.pt --num-classes 10",
+}
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory, glyphs_are_drawn_once):
+    """own(name, flags, out) distils a network of nets.py that was trained on glyphs -> the exit code; its folder."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "nets.py").write_text(NETS)
+    x28, y28 = (torch.from_numpy(v) for v in data.glyphs(2000, seed=2))
+    x32, y32 = glyphs_are_drawn_once.train_images[:3000], glyphs_are_drawn_once.train_labels[:3000]
+    for name, x, y, steps in (("CNN", x28[:, None], y28, 200), ("thin", x32, y32, 100)):
+        torch.manual_seed(0)
+        net = models.build(f"{folder}/nets.py:{name}", 10, 1, x.shape[-1])
+        optimiser, x = models.adam(net, 1e-2), (x / 255 - 0.17) / 0.28
+        for i in torch.randint(len(x) - 500, (steps, 32)):
+            dfkd.minimise(F.cross_entropy(net(x[i]), y[i]), optimiser)
+        torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, folder / f"{name}.pt")
+    np.savez(folder / "CNN.npz", images=x28[-500:, :, :, None].numpy(), labels=y28[-500:].numpy().astype(np.uint8))
+    np.savez(folder / "thin.npz", images=x32[-500:].numpy(), labels=y32[-500:].numpy())
+
+    def run(name, flags, out):
+        shape = "--channels 1 --mean 0.17 --std 0.28"
+        return dfkd.main(small(f"{OWN[name].format(folder)} {shape} --out {out} {flags}"))
+
+    return run, folder
+
+
+@pytest.mark.parametrize("name, method, least", [
+    ("CNN", "rdskd --generator-steps 60 --width 16", 40), ("CNN", f"pre --student-steps 5 {VAE}", 20),
+    ("thin", "soft-target --images 48 --image-batch 48 --image-steps 15 --steps 20 --eval-every 20", -1),
+])  # fmt: skip
+def test_networks_of_ones_own_are_distilled(own, tmp_path, name, method, least, capsys):
+    run, folder = own
+    flags = f"--steps 100 --eval-every 100 --batch 48 --student-lr 5e-3 --test {folder}/{name}.npz --method {method}"
+    assert run(name, flags, tmp_path / "run") == 0
+    result, printed = result_of(tmp_path / "run"), capsys.readouterr().out
+    assert result["teacher_accuracy"] > (80 if name == "CNN" else 30) and result["accuracy_last"] > least
+    assert 0 <= result["agreement_fresh"] <= 100 and "of fresh synthetic images" in printed
+    assert (result["agreement_memory"] is not None) == ("of memory samples" in printed) == ("pre" in method)
+    assert f"nn.Linear, {'fc' if name == 'thin' else 'module'}, reads" in printed
+    assert ("for logits: there" in printed) == ("soft-target" in method)
+    nets = models.module_of(folder.resolve() / "nets.py")
+    student = nets.thin(10) if name == "thin" else nets.small()
+    student.load_state_dict(torch.load(tmp_path / "run" / "student.pt", weights_only=True))
+    picture = (tmp_path / "run" / "samples.png").read_bytes()
+    assert struct.unpack(">I", picture[16:20]) == (8 * (28 if name == "CNN" else 32),)
+
+
+@pytest.mark.parametrize("method", ["pre", "soft-target"])
+def test_resume_equals_uninterrupted_with_a_network_of_ones_own(own, tmp_path, monkeypatch, method):
+    run, flags = own[0], f"--method {method}" + f" {VAE}" * (method in GENERATORS)
+    calls = count_backward(monkeypatch)
+    assert run("CNN", flags, tmp_path / "whole") == 0
+    with interrupted(monkeypatch, int(0.6 * len(calls))):
+        assert run("CNN", flags, tmp_path / "parts") == 130
+    assert run("CNN", f"{flags} --resume", tmp_path / "parts") == 0
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert run("CNN", f"{flags} --resume", tmp_path / "parts") == 0  # the agreement is the same once more
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("method", ["mskd", "zskd", "noise"])
+def test_the_agreement_is_measured_on_images_that_the_student_has_not_seen(own, tmp_path, monkeypatch, method):
+    seen, begin = {True: set(), False: set()}, dfkd.Run.begin
+    monkeypatch.setattr(g, "augmented", lambda x, mirror: x)
+
+    def watched(run, teacher, evaluate):
+        begin(run, teacher, evaluate)
+        note = lambda net, x: seen[net.training].update(v.half().numpy().tobytes() for v in x[0])  # noqa: E731
+        run.keep = lambda keep=run.keep, **parts: parts["S"].register_forward_pre_hook(note) and keep(**parts)
+        run.twin = lambda: [setattr(run, "kept", {"S": teacher}), run.compared([torch.randn(5, 1, 28, 28)])][1][0]
+        seen["run"] = run
+
+    monkeypatch.setattr(dfkd.Run, "begin", watched)
+    assert own[0]("CNN", f"--method {method}", tmp_path / "run") == 0
+    assert len(seen[False]) == (9 if method == "zskd" else 8 * 16) and not seen[True] & seen[False]
+    assert seen["run"].twin() == 100  # a student that is the teacher
+
+
+def test_any_network_as_a_classifier(own):
+    path = f"{own[1]}/nets.py"
+    before = torch.get_rng_state()
+    net = models.build(f"{path}:CNN", None, 1, 28)
+    torch.set_rng_state(before)
+    plain = models.module_of((own[1] / "nets.py").resolve()).CNN()
+    assert net.training and net.classes == 10 and list(net.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in net.state_dict().items())  # no number was drawn
+    x = torch.randn(4, 28, 28, 1).permute(0, 3, 1, 2)  # channels_last
+    plain.load_state_dict(net.eval().state_dict())
+    logits, features = copy.deepcopy(net)(x, return_features=True)
+    assert torch.equal(logits, plain.eval()(x.reshape(4, 1, 28, 28))) and torch.equal(logits, net(x))
+    assert features.shape == (4, 784) and torch.equal(net.classifier(features), logits)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    resnet = models.build(f"{path}:ResNet20", 10, 3)
+    assert sum(p.numel() for p in resnet.parameters() if p.requires_grad) == 269_722  # the paper: 0.27M
+    assert len(models.trained_weights(resnet)) == len(list(resnet.parameters())) - 1  # without `scale`
+
+
+BAD_NETWORKS = [  # teacher, further flags, what the line says
+    ("nowhere.py:Net", "", "no Python file"), ("nets.py:Magic", "", "no function or class Magic"),
+    ("nets.py:number", "", "no function or class number"), ("broken.py:Net", "", "imported: ZeroDivisionError"),
+    ("exits.py:Net", "", "imported: SystemExit"), ("nets.py:text", "", "gives a str"),
+    ("nets.py:CNN", "--channels 3 --mean 0 0 0 --std 1 1 1", "fails on images .*--channels"),
+    ("nets.py:thin", "", "cannot be called, see --num-classes"), ("nets.py:images", "", "not logits"),
+    ("nets.py:CNN", "--image-size 32", "--image-size"), ("nets.py:CNN", "--num-classes 7", "10 classes, not 7"),
+    ("nets.py:seven", "", "--student-arch.*10 classes, not 7"), ("nets.py:weightless", "", "not logits|no weights"),
+    ("nets.py:CNN", "--student-arch lenet5", "lenet5 takes no images of 28"), ("nets.py:CNN", "--image-size 30", "4"),
+    ("nets.py:CNN", "--mean 0.1 0.2", "2 and 1 numbers for 1"), ("nets.py:CNN", "--test no.npz", "no.npz: no file"),
+    ("nets.py:CNN", "--export a.onnx", "FILE.pt2"), ("nets.py:CNN", "--export no/a.pt2", "FILE.pt2"),
+    ("nets.py:CNN", "--no-eval --test nets.py", "one of them"), ("nets.py:CNN", "--method kd", "--method kd"),
+    ("nets.py:CNN", "--std 0", "--std"), ("nets.py:CNN", "--dataset glyphs", "--dataset"),
+    *(("nets.py:no_linear", f"--method {m}", "no nn.Linear.*take") for m in ("dafl", "pre", "soft-target", "zskd")),
+    ("nets.py:not_last", "--method zskd", "not what its last nn.Linear"),
+    ("nets.py:batch_statistics", "--method deepinversion", "no running statistics"),
+]
+
+
+@pytest.mark.parametrize("teacher, flags, message", BAD_NETWORKS)
+def test_bad_networks(own, tmp_path, monkeypatch, teacher, flags, message, capsys):
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        own[0]("CNN", f"--teacher-arch {teacher} {flags}", "out")
+    assert exit.value.code == 2 and re.search(message, one_line(capsys.readouterr().err))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("teacher, method", [
+    ("no_linear", "mskd"), ("not_last", "dafl"), ("batch_statistics", "rdskd"),
+])  # fmt: skip
+def test_a_network_needs_no_more_than_the_method_asks_for(own, tmp_path, teacher, method):
+    arch = f"{own[1]}/nets.py:{teacher}"
+    torch.save(models.build(arch, 10, 1, 28).state_dict(), tmp_path / "teacher.pt")
+    flags = f"--teacher {tmp_path}/teacher.pt --teacher-arch {arch} --method {method}"
+    assert own[0]("CNN", flags, tmp_path / "run") == 0
+
+
+def test_a_teacher_of_another_network(own, tmp_path, capsys):
+    assert own[0]("CNN", f"--teacher {own[1]}/thin.pt", tmp_path) == 1
+    assert re.search("thin.pt: not a .*nets.py:CNN with 10 classes and 1 channels", one_line(capsys.readouterr().err))
+
+
+X, Y = np.zeros((6, 1, 28, 28), np.uint8), np.arange(6)
+BAD_TESTS = {
+    "pickled": (dict(images=X, labels=np.array([{}] * 6)), "allow_pickle"), "no labels": (dict(images=X), "labels"),
+    "float images": (dict(images=X / 1, labels=Y), "images is float64"),
+    "three axes": (dict(images=X[:, 0], labels=Y), r"uint8 \(6, 28, 28\), expected"),
+    "another size": (dict(images=X[..., 1:], labels=Y), r"expected uint8 \(N, 1, 28, 28\) or \(N, 28, 28, 1\)"),
+    "more channels": (dict(images=X.repeat(3, 1), labels=Y), "--channels"),
+    "no images": (dict(images=X[:0], labels=Y[:0]), "0 labels"),
+    "float labels": (dict(images=X, labels=Y / 1), "labels is float64"),
+    "other count": (dict(images=X, labels=Y[:5]), "5 labels"),
+    "high labels": (dict(images=X, labels=Y + 5), "label 10"), "low": (dict(images=X, labels=Y - 1), "label -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arrays, message", BAD_TESTS.values(), ids=BAD_TESTS)
+def test_bad_test_files(own, tmp_path, arrays, message, capsys):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    assert own[0]("CNN", f"--test {tmp_path}/bad.npz", tmp_path / "out") == 1
+    assert re.search(f"bad.npz: .*{message}", one_line(capsys.readouterr().err))
+
+
+def test_a_damaged_test_file_is_read_or_refused(tmp_path):
+    path, info = tmp_path / "test.npz", data.Info(10, 3, (0,) * 3, (1,) * 3, size=8)
+    images, labels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8), np.arange(20) % 10
+    np.savez_compressed(path, images=images, labels=labels)
+    content = path.read_bytes()
+    x, y = data.test_set(path, info)
+    assert x.shape == (20, 3, 8, 8) and x[3, :, 4, 5].tolist() == images[3, 4, 5].tolist()
+    assert y.tolist() == labels.tolist()
+
+    def attempt(rng):
+        path.write_bytes(garbled(content, rng))
+        x, y = data.test_set(path, info)
+        assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) and 0 <= y.min() and y.max() < 10
+
+    assert 100 < refusals(200, attempt, data.DataError, path)
+
+
+def test_the_exported_student_is_the_student(own, tmp_path):
+    assert own[0]("CNN", f"--method noise --export {tmp_path}/student.pt2", tmp_path / "run") == 0
+    student = models.module_of((own[1] / "nets.py").resolve()).small().eval()
+    student.load_state_dict(torch.load(tmp_path / "run" / "student.pt", weights_only=True))
+    x = torch.randn(5, 1, 28, 28)
+    assert torch.allclose(torch.export.load(tmp_path / "student.pt2").module()(x), student(x), atol=1e-6)
+
+
+def test_the_readmes_own_network_is_distilled_as_it_stands(tmp_path, monkeypatch):
+    readme, glyphs, randint = (HERE / "README.md").read_text(), data.glyphs, torch.randint
+    (code,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    (line,) = re.findall(r"^python net.py\npython dfkd.py (.*?)#", readme, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(code)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "glyphs", lambda count, seed: glyphs(500, seed))
+        patch.setattr(torch, "randint", lambda high, shape: randint(high, (20, shape[1])))
+        exec(code, dict(__name__="__main__"))
+    assert dfkd.main([*line.replace("\\", "").split(), *small("")]) == 0
+    models.module_of(Path("net.py").resolve()).small().load_state_dict(torch.load("runs/net/student.pt"))
 
 
 # ---------------------------------------------------------------- ./run.sh bench
