@@ -752,7 +752,8 @@ def git_commit():
 # ---------------------------------------------------------------- finished runs, as a table
 
 FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes")
-HEADINGS = "run | teacher | student | seeds | maximum | μ | σ² | μ, second half | σ², second half | replay kB | minutes"
+RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
+ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
 
 
 def finished(folder):
@@ -764,9 +765,10 @@ def finished(folder):
         curve = [(int(row["step"]), float(row["seconds"]) / 60, float(row["accuracy"])) for row in measured]
         result = json.loads((folder / "result.json").read_text())
         figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
+        figures["stored"] = float(result["replay_bytes"]) + float((result.get("transfer_set") or {}).get("bytes", 0))
     except OSError:
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error):
         raise damaged from None
     if any(None in row or None in row.values() for row in rows):  # a row of another length
         raise damaged
@@ -784,27 +786,31 @@ def without_seed(folder):
 
 
 def results_table(folders):
-    """Markdown with a row for each group of runs that differ in the seed only; figures as PRE-DFKD reports them."""
+    """Two tables in Markdown, with a row for each group of runs that differ in the seed only.
+
+    The first has the last step's student, the second what PRE-DFKD reports of all evaluations: means over the seeds.
+    """
     groups = {}
     for folder in map(Path, dict.fromkeys(folders)):
         groups.setdefault(without_seed(folder), []).append(finished(folder))
-    lines = [f"| {HEADINGS} |", "|---" * HEADINGS.count("|") + "|---|"]
+    results, robustness = [], []
     for name, runs in groups.items():
-        mean = {key: statistics.fmean(figures[key] for figures, _ in runs) for key in (*FIGURES, "seconds")}
+        mean = {key: statistics.fmean(figures[key] for figures, _ in runs) for key in runs[0][0]}
         last = [figures["accuracy_last"] for figures, _ in runs]
+        deviation = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
         halves = [[a for *_, a in curve[len(curve) // 2 :]] for _, curve in runs]
-        cells = [
-            name,
-            f"{mean['teacher_accuracy']:.2f}",
-            f"{mean['accuracy_last']:.2f}" + (f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""),
-            ", ".join(f"{v:.2f}" for v in last),
-            f"{mean['accuracy_max']:.2f}",
-            f"{mean['accuracy_mean']:.2f}",
-            f"{mean['accuracy_variance']:.2f}",
+        results.append([
+            name, f"{mean['teacher_accuracy']:.2f}", f"{mean['accuracy_last']:.2f}{deviation}",
+            ", ".join(f"{v:.2f}" for v in last), f"{mean['seconds'] / 60:.1f}", f"{mean['stored'] / 1000:.0f}",
+        ])  # fmt: skip
+        robustness.append([
+            name, f"{mean['accuracy_max']:.2f}", f"{mean['accuracy_mean']:.2f}", f"{mean['accuracy_variance']:.2f}",
             f"{statistics.fmean(map(statistics.fmean, halves)):.2f}",
             f"{statistics.fmean(map(statistics.pvariance, halves)):.3f}",
-            f"{mean['replay_bytes'] / 1000:.0f}",
-            f"{mean['seconds'] / 60:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return f"{markdown(RESULTS, results)}\n\n{markdown(ROBUSTNESS, robustness)}"
+
+
+def markdown(headings, rows):
+    lines = [f"| {headings} |", "|---" * (headings.count("|") + 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
