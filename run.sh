@@ -4,7 +4,9 @@
 #   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
-#   ./run.sh table DATA [FLAGS]   mnist: the README's rows; cifar10: large pairs, for a GPU; stop it at will, the same command goes on
+#   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files), mnist, cifar10 (for a GPU)
+#   ./run.sh claims DATA [FLAGS]   RDSKD's claims: its objective in parts, and three methods over ten settings
+#                                  Stop these two at will: the same command goes on.
 #
 # torch 2.6 is the first whose torch.load(weights_only=True) is safe with hostile files (CVE-2025-32434).
 # Where the current python3 (or $PYTHON) already has torch, it is used as it is; else everything goes into .venv.
@@ -46,41 +48,62 @@ set_up() {
     has "$python" "$1" || fail "torch does not work in .venv; remove .venv and run again"
 }
 
-# Make one run of a table, unless it is there: its name, then flags. A stopped one goes on.
+# Make one run of a table, unless it is there: its name without the seed, then flags. A stopped one goes on.
+# Each seed has a teacher of its own.
 row() {
-    local name=$1
+    local name=$data-$1-$seed
     shift
-    [ -f "runs/$name/result.json" ] || "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume "$@" ${more[@]+"${more[@]}"}
     rows+=("runs/$name")
+    [ -f "runs/$name/result.json" ] || "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume \
+        --seed "$seed" --teacher-seed "$seed" "$@" ${more[@]+"${more[@]}"}
 }
 
 table() {
-    local seed memory method pair
-    for seed in ${SEEDS:-0 1 2}; do
-        if [ "$data" = mnist ]; then
-            for method in noise kd rdskd mskd zskd soft-target; do row "mnist-$method-$seed" --method $method --seed $seed; done
-            row "mnist-soft-target-logits-$seed" --method soft-target --layer logits --seed $seed
-            for memory in none bank vae; do row "mnist-pre-$memory-$seed" --method pre --replay $memory --seed $seed; done
-            row "mnist-pre-no-teacher-term-$seed" --method pre --no-teacher-term --seed $seed
-            row "mnist-pre-no-balanced-$seed" --method pre --no-balanced --seed $seed
-            for memory in none vae; do row "mnist-dafl-$memory-$seed" --method dafl --replay $memory --seed $seed; done
-        else
-            for pair in "resnet34 resnet18" "wrn-40-2 wrn-16-1"; do
-                for method in pre rdskd soft-target dafl; do
-                    row "$data-${pair// /-}-$method-$seed" --teacher-arch ${pair% *} --student-arch ${pair#* } --method $method --seed $seed
-                done
-            done
-        fi
-    done
-    if [ "$data" = mnist ]; then  # nothing keeps G's classes apart, and G and S move fast: see the README
-        for seed in ${SEEDS:-0 1 2}; do
-            for memory in none bank vae; do
-                row "mnist-drift-$memory-$seed" --method pre --replay $memory --seed $seed --loss-weights 1 0 0 \
-                    --generator-lr 0.2 --student-lr 2e-3 --student-decay none --steps 3000
+    local method memory pair
+    if [ "$data" = cifar10 ]; then
+        for pair in "resnet34 resnet18" "wrn-40-2 wrn-16-1"; do
+            for method in pre rdskd soft-target dafl; do
+                row "${pair// /-}-$method" --teacher-arch "${pair% *}" --student-arch "${pair#* }" --method $method
             done
         done
+        return
     fi
-    "$python" dfkd.py --table "${rows[@]}"
+    for method in rdskd dafl mskd zskd soft-target noise kd; do row $method --method $method; done
+    for memory in none vae bank; do row pre-$memory --method pre --replay $memory; done
+    [ "$data" = mnist ] || return 0
+    row soft-target-logits --method soft-target --layer logits
+    row dafl-vae --method dafl --replay vae
+    row pre-no-teacher-term --method pre --no-teacher-term
+    row pre-no-balanced --method pre --no-balanced
+    for memory in none bank vae; do  # nothing keeps G's classes apart, and G and S move fast: see the README
+        row drift-$memory --method pre --replay $memory --loss-weights 1 0 0 --generator-lr 0.2 --student-lr 2e-3 \
+            --student-decay none --steps 3000
+    done
+}
+
+claims() {
+    local method setting
+    local budget=(--generator-steps 600 --steps 3000)
+    row claim-exp --method rdskd "${budget[@]}"
+    row claim-sum --method rdskd "${budget[@]}" --penalty sum
+    row claim-no-oh --method rdskd "${budget[@]}" --terms ie ds
+    row claim-no-ie --method rdskd "${budget[@]}" --terms oh ds
+    row claim-no-ds --method rdskd "${budget[@]}" --terms oh ie
+    [ "$seed" = 0 ] || return 0
+    for setting in "" "--latent 50" "--latent 200" "--batch 32" "--batch 128" "--temperature 4" "--temperature 20"; do
+        row "robust-rdskd${setting// /}" --method rdskd "${budget[@]}" $setting
+        for method in dafl mskd; do row "robust-$method${setting// /}" --method $method --steps 3000 $setting; done
+    done
+    for setting in 0.0005 0.002; do
+        row robust-rdskd-lr$setting --method rdskd "${budget[@]}" --generator-lr $setting
+    done
+    row robust-rdskd-width32 --method rdskd "${budget[@]}" --width 32
+    for method in dafl mskd; do
+        for setting in 0.01 0.04; do
+            row robust-$method-lr$setting --method $method --steps 3000 --generator-lr $setting
+        done
+        row robust-$method-width24 --method $method --steps 3000 --width 24
+    done
 }
 
 case "${1:-}" in
@@ -93,16 +116,19 @@ case "${1:-}" in
         set_up pytest pytest
         exec "$python" test_dfkd.py
         ;;
-    table)
-        data=${2:-} rows=()
-        case "$data" in mnist | cifar10) ;; *) fail "./run.sh table needs mnist or cifar10" ;; esac
-        more=("${@:3}")
+    table | claims)
+        data=${2:-} rows=() more=("${@:3}")
+        case "$1 $data" in "table glyphs") seeds=0 ;; "table mnist") seeds="0 1 2 3 4" ;; "table cifar10") seeds=0 ;;
+            "claims mnist" | "claims glyphs") seeds="0 1 2" ;;
+            *) fail "./run.sh table needs glyphs, mnist or cifar10; ./run.sh claims needs glyphs or mnist" ;;
+        esac
         set_up sys
-        table
+        for seed in ${SEEDS:-$seeds}; do "$1"; done
+        "$python" dfkd.py --table "${rows[@]}"
         ;;
     "" | -*)
         set_up sys
         exec "$python" dfkd.py --method rdskd "$@"
         ;;
-    *) fail "unknown job '$1'; the jobs are test, bench, table, or none for the main job" ;;
+    *) fail "unknown job '$1'; the jobs are test, bench, table, claims, or none for the main job" ;;
 esac
