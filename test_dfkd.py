@@ -13,6 +13,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -1435,7 +1436,7 @@ def small(flags):
 @pytest.fixture
 def command(teacher_dir, tmp_path):
     """command(out, flags) runs it with evaluations -> its exit code."""
-    return lambda out, flags="": dfkd.main(small(f"{flags} --teacher-dir {teacher_dir} --out {tmp_path / out}"))
+    return lambda out, flags="": dfkd.main(small(f"--teacher-dir {teacher_dir} --out {tmp_path / out} {flags}"))
 
 
 @pytest.fixture(scope="session")
@@ -1593,18 +1594,17 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
     "--method rdskd --replay bank", "--method pre", "--method kd", "--method zskd", "--method soft-target",
     "--method deepinversion --teacher-arch wrn-10-1 --student-arch wrn-10-1", "--method pre --teacher-arch alexnet",
 ])  # fmt: skip
-def test_on_a_gpu(tmp_path, monkeypatch, flags, capsys):
+def test_on_a_gpu(tmp_path, flags, capsys):
     """It trains a teacher, repeats itself and goes on after Ctrl-C; LRN and grid_sample have no fixed order there."""
 
     def run(out):
         teacher = f"--teacher-epochs 1 --teacher-dir {tmp_path / 'teachers'}"
         return dfkd.main(small(f"{flags} {teacher} --device cuda --precision auto --out {tmp_path / out} --resume"))
 
-    calls = count_backward(monkeypatch)
     assert run("first") == 0 and "of the GPU's" in capsys.readouterr().out
-    del calls[:]
-    assert run("a") == 0
-    with interrupted(monkeypatch, len(calls) // 2):
+    with backward_passes() as calls:
+        assert run("a") == 0
+    with backward_passes(until=len(calls) // 2):
         assert run("b") == 130
     assert run("b") == 0
     a, b = (torch.load(tmp_path / out / "student.pt", weights_only=True) for out in "ab")
@@ -1615,26 +1615,20 @@ def test_on_a_gpu(tmp_path, monkeypatch, flags, capsys):
 # ---------------------------------------------------------------- runs that are interrupted
 
 
-def count_backward(patch):
-    """A list that grows by one with each backward pass: what every step of every network and image begins with."""
-    calls, backward = [], torch.Tensor.backward
-    patch.setattr(torch.Tensor, "backward", lambda *args, **more: calls.append(1) or backward(*args, **more))
-    return calls
-
-
 @contextlib.contextmanager
-def interrupted(monkeypatch, after):
-    """Ctrl-C at the backward pass that comes after so many."""
-    backward, left = torch.Tensor.backward, iter(range(after))
+def backward_passes(until=None):
+    """Count the backward passes, with which every step of a network or an image begins; Ctrl-C after so many."""
+    calls, backward = [], torch.Tensor.backward
 
-    def interrupt(*args, **more):
-        if next(left, None) is None:
+    def counted(*args, **more):
+        if len(calls) == until:
             raise KeyboardInterrupt
+        calls.append(1)
         backward(*args, **more)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", interrupt)
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", counted)
+        yield calls
 
 
 @pytest.fixture(scope="session")
@@ -1644,8 +1638,7 @@ def whole(blind, tmp_path_factory):
     @functools.cache
     def run(flags):
         folder = tmp_path_factory.mktemp("whole")
-        with pytest.MonkeyPatch.context() as patch:
-            calls = count_backward(patch)
+        with backward_passes() as calls:
             assert blind(folder, flags) == 0
         return folder, len(calls)
 
@@ -1666,23 +1659,22 @@ INTERRUPTED = {  # flags; the shares of the whole after which it is interrupted
 
 
 @pytest.mark.parametrize("name, share", [(name, v) for name, (_, shares) in INTERRUPTED.items() for v in shares])
-def test_resume_equals_uninterrupted(blind, whole, tmp_path, monkeypatch, name, share, capsys):
+def test_resume_equals_uninterrupted(blind, whole, tmp_path, name, share, capsys):
     flags = INTERRUPTED[name][0]
     folder, calls = whole(flags)
     capsys.readouterr()
-    with interrupted(monkeypatch, int(share * calls)):
+    with backward_passes(until=int(share * calls)):
         assert blind(tmp_path, flags) == 130
     assert not (tmp_path / "result.json").exists()
     assert ("--resume" in one_line(capsys.readouterr().err)) == (tmp_path / "checkpoint.pt").exists() == (share > 0.1)
-    assert blind(tmp_path, f"{flags} --resume") == 0
-    assert_same(folder, tmp_path)
-    assert blind(tmp_path, f"{flags} --resume") == 0  # a finished run has nothing left to do
-    assert_same(folder, tmp_path)
+    for _ in range(2):  # the second time, a finished run has nothing left to do
+        assert blind(tmp_path, f"{flags} --resume") == 0
+        assert_same(folder, tmp_path)
 
 
-def test_a_stopped_run_keeps_its_evaluations(command, tmp_path, monkeypatch):
+def test_a_stopped_run_keeps_its_evaluations(command, tmp_path):
     assert command("whole") == 0
-    with interrupted(monkeypatch, 6 + 9):
+    with backward_passes(until=6 + 9):
         assert command("parts") == 130
     assert command("parts", "--resume") == 0
     assert_same(tmp_path / "whole", tmp_path / "parts")
@@ -1719,19 +1711,18 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
         assert run.returncode == 130 and "stopped" in one_line(error)
 
 
-def test_a_stopped_teacher_goes_on(tmp_path, monkeypatch, glyphs_are_drawn_once):
+def test_a_stopped_teacher_goes_on(tmp_path, glyphs_are_drawn_once):
     real = data.Data(*(v[:300] for v in glyphs_are_drawn_once))
 
     def train(folder):
         return models.trained(tmp_path / folder, "glyphs", "wrn-10-1", real, GLYPHS, 3, 0, "fp32", lambda *line: None)
 
     whole = train("whole").state_dict()
-    with interrupted(monkeypatch, 4), pytest.raises(KeyboardInterrupt):  # 2 steps an epoch
+    with backward_passes(until=4), pytest.raises(KeyboardInterrupt):  # 2 steps an epoch
         train("parts")
     (half,) = (tmp_path / "parts").iterdir()
     assert half.suffix == ".training"
-    with monkeypatch.context() as patch:
-        calls = count_backward(patch)
+    with backward_passes() as calls:
         again = train("parts").state_dict()
     assert len(calls) == 2 and all(torch.equal(whole[k], again[k]) for k in whole)  # epochs 1 and 2 were there
     (done,) = (tmp_path / "parts").iterdir()
@@ -1748,45 +1739,41 @@ def altered(**changes):
 
 
 CHECKPOINTS = {
-    "another version's": (lambda path: torch.save(dict(step=3, net={}), path), "not this version's"),
-    "a list": (lambda path: torch.save([1, 2], path), "not this version's"),
-    "a .training file": (lambda path: torch.save(dict(epochs=1, parts=[], random={}), path), "not this version's"),
-    "no parts": (altered(parts={}), "not this version's"),
-    "other parts": (altered(parts=dict(S=models.build("lenet5").state_dict())), "not this version's"),
-    "no random state": (altered(random=dict(cpu=torch.zeros(3))), "not this version's"),
-    "no settings": (altered(settings=None), "not this version's"),
-    "no figures": (altered(done={"student": "8"}), "not this version's"),
-    "no rows": (altered(rows=[3]), "not this version's"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not this version's"),
-    "text": (lambda path: path.write_text("no checkpoint"), "not this version's"),
+    "another version's": lambda path: torch.save(dict(step=3, net={}), path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "a .training file": lambda path: torch.save(dict(epochs=1, parts=[], random={}), path),
+    "no parts": altered(parts={}),
+    "other parts": altered(parts=dict(S=models.build("lenet5").state_dict())),
+    "no random state": altered(random=dict(cpu=torch.zeros(3))),
+    "no settings": altered(settings=None),
+    "no figures": altered(done={"student": "8"}),
+    "no rows": altered(rows=[3]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "text": lambda path: path.write_text("no checkpoint"),
 }
 
 
-@pytest.mark.parametrize("damage, message", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_a_checkpoint_of_another_kind_is_refused(blind, whole, tmp_path, damage, message, capsys):
+@pytest.mark.parametrize("damage", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_of_another_kind_is_refused(blind, whole, tmp_path, damage, capsys):
     checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes((whole("")[0] / "checkpoint.pt").read_bytes())
+    shutil.copy(whole("")[0] / "checkpoint.pt", checkpoint)
     damage(checkpoint)
     content = checkpoint.read_bytes()
     capsys.readouterr()
     assert blind(tmp_path, "--resume") == 1
-    assert message in one_line(capsys.readouterr().err)
+    assert "not this version's" in one_line(capsys.readouterr().err)
     assert checkpoint.read_bytes() == content
 
 
-def test_resume_refuses_other_arguments(blind, tmp_path, teacher_file, capsys):
-    assert blind(tmp_path) == 0
-    state = torch.load(teacher_file, weights_only=True)
-    torch.save({k: v + 1 for k, v in state.items()}, tmp_path / "other.pt")
-    for flags, named in (("--student-lr 0.5", "--student-lr 0.01, now 0.5"),
-                         (f"--teacher {tmp_path / 'other.pt'}", "another teacher")):  # fmt: skip
-        assert blind(tmp_path, f"--resume {flags}") == 1
-        assert named in one_line(capsys.readouterr().err)
-
-
-def test_resume_refuses_other_arguments_before_a_teacher_is_trained(blind, command, tmp_path, capsys, monkeypatch):
+def test_resume_refuses_other_arguments(blind, command, tmp_path, teacher_file, capsys, monkeypatch):
     assert blind(tmp_path / "out") == 0
-    monkeypatch.setattr(dfkd, "get_teacher", None)
+    other = tmp_path / "other.pt"
+    torch.save({k: v + 1 for k, v in torch.load(teacher_file, weights_only=True).items()}, other)
+    assert blind(tmp_path / "out", f"--resume --teacher {other}") == 1
+    assert "another teacher" in one_line(capsys.readouterr().err)
+    monkeypatch.setattr(dfkd, "get_teacher", None)  # flags are compared before a teacher is trained
+    assert blind(tmp_path / "out", "--resume --student-lr 0.5") == 1
+    assert "--student-lr 0.01, now 0.5; give the same" in one_line(capsys.readouterr().err)
     assert command("out", "--resume --teacher-seed 1") == 1
     assert "give the same" in one_line(capsys.readouterr().err)
 
@@ -1850,20 +1837,15 @@ def test_a_full_disk_keeps_what_was_written(blind, whole, tmp_path, capsys):
     assert_same(folder, tmp_path)
 
 
-FIRST_IMAGES = """
-import zlib, torch, generators, models
-models.set_up_torch(2)
-torch.manual_seed(0)
-x = generators.Generator(20, 1, width=8)(torch.randn(256, 20)).detach()
-print(zlib.crc32(x.numpy().tobytes()), zlib.crc32(x.abs().exp().log().erf().sqrt().numpy().tobytes()))
-"""
-
-
 def test_the_first_images_of_many_processes_are_the_same():
-    command = [sys.executable, "-c", FIRST_IMAGES]
-    runs = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(6)]
-    printed = [run.communicate()[0].splitlines()[-1] for run in runs]
-    assert len(set(printed)) == 1
+    code = """if True:
+        import zlib, torch, generators, models
+        models.set_up_torch(2)
+        torch.manual_seed(0)
+        x = generators.Generator(20, 1, width=8)(torch.randn(256, 20)).detach()
+        print(zlib.crc32(x.numpy()), zlib.crc32(x.abs().exp().log().erf().sqrt().numpy()))"""
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE) for _ in range(4)]
+    assert len({run.communicate()[0].splitlines()[-1] for run in runs}) == 1
 
 
 def test_mkls_functions_are_first_called_on_one_thread(monkeypatch):
@@ -1995,7 +1977,8 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, monk
 
 @pytest.mark.parametrize("flags, named", [
     ("--method magic", "magic"), ("--dataset imagenet", "imagenet"), ("--student-arch lenet6", "lenet6"),
-    ("--teacher-arch resnet50", "resnet50"), ("--batch 0", "--batch"), ("--batch 1", "--batch"),
+    ("--teacher-arch resnet50", "resnet50"), ("--student-arch wrn-17-1", "wrn-17-1"),
+    ("--student-arch wrn-16-0", "wrn-16-0"), ("--batch 0", "--batch"), ("--batch 1", "--batch"),
     ("--batch many", "--batch"), ("--steps 0", "--steps"), ("--eval-every 0", "--eval-every"),
     ("--generator-lr 0", "--generator-lr"), ("--student-lr nan", "--student-lr"), ("--temperature -1", "--temperature"),
     ("--seed -1", "--seed"), ("--device tpu", "tpu"), ("--no-eval", "--teacher FILE"), ("--shedule paper", "--shedule"),
@@ -2088,19 +2071,16 @@ def test_the_cosine_of_pre_moves_once_an_epoch_of_36_rounds(name):
     assert rates == pytest.approx(np.repeat(epochs, 360)[:1081].tolist(), rel=1e-9)
 
 
-def test_a_layer_that_the_teacher_lacks(tmp_path, capsys):
-    torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
-    flags = f"--method soft-target --layer fc2 --teacher {tmp_path}/own.pt --teacher-arch wrn-10-1 --channels 3"
-    assert dfkd.main(small(f"{flags} --student-arch wrn-10-1 --out {tmp_path}/out")) == 1
-    assert "only 'logits'" in one_line(capsys.readouterr().err)
-
-
 class Exploit:
     def __reduce__(self):
         return os.system, ("touch exploited",)
 
 
 LENET = models.build("lenet5").state_dict()
+OTHER_TENSORS = {
+    "sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat, "on meta": lambda v: v.to("meta"),
+    "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+}  # fmt: skip
 TEACHER_FILES = {  # what torch.save wrote, or bytes
     "text": (b"no checkpoint", "not a PyTorch file"),
     "empty": (b"", "not a PyTorch file"),
@@ -2112,13 +2092,9 @@ TEACHER_FILES = {  # what torch.save wrote, or bytes
     "other widths": (models.build("lenet5_half").state_dict(), "shape.*3, 1, 5, 5"),
     "other classes": (models.build("lenet5", 7).state_dict(), "10 classes.*7"),
     "NaN": ({k: v / 0 for k, v in LENET.items()}, "NaN"),
-}
-OTHER_TENSORS = {
-    "sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat, "on meta": lambda v: v.to("meta"),
-    "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+    **{name: ({k: convert(v) for k, v in LENET.items()}, "sparse, quantised, complex or without values")
+       for name, convert in OTHER_TENSORS.items()},
 }  # fmt: skip
-for name, convert in OTHER_TENSORS.items():
-    TEACHER_FILES[name] = {k: convert(v) for k, v in LENET.items()}, "sparse, quantised, complex or without values"
 
 
 @pytest.mark.parametrize("content, message", TEACHER_FILES.values(), ids=TEACHER_FILES)
@@ -2143,18 +2119,19 @@ def test_state_dicts_as_others_save_them_just_load(tmp_path, prefix, key):
     assert not net.training and not any(p.requires_grad for p in net.parameters())
 
 
-def test_damaged_data_is_one_line(command, tmp_path, capsys):
+@pytest.mark.parametrize("flags, words", [
+    ("--dataset mnist --data-dir {0}", "train-images-idx3-ubyte: begins with nothing"),
+    ("--method soft-target --layer fc2 --teacher {0}/own.pt --teacher-arch wrn-10-1 --channels 3 "
+     "--student-arch wrn-10-1", "only 'logits'"),
+    ("--out {0}/own.pt", "own.pt"), ("--out /proc/dfkd", "/proc/dfkd"),  # folders that cannot be made
+])  # fmt: skip
+def test_what_is_found_wrong_later_is_one_line(command, tmp_path, flags, words, capsys):
     write_files(tmp_path / "mnist", {"train-images-idx3-ubyte": b""})
-    assert command("out", f"--dataset mnist --data-dir {tmp_path}") == 1
-    assert "train-images-idx3-ubyte: begins with nothing" in one_line(capsys.readouterr().err)
-
-
-def test_an_output_folder_that_cannot_be_written(blind, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", Path("/proc/dfkd")):
-        assert blind(folder) == 1
-        assert str(folder) in one_line(capsys.readouterr().err)
-    assert (tmp_path / "file").read_text() == "in the way"
+    torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
+    own = (tmp_path / "own.pt").read_bytes()
+    assert command("out", flags.format(tmp_path)) == 1
+    assert words in one_line(capsys.readouterr().err)
+    assert (tmp_path / "own.pt").read_bytes() == own
 
 
 # ---------------------------------------------------------------- the house
