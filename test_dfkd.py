@@ -787,17 +787,10 @@ def test_zskd_has_both_betas_for_every_class(watch, monkeypatch):
     assert all(sorted(beta[classes == k].tolist()) == pytest.approx([0.1, 0.1, 1, 1]) for k in range(10))
 
 
-class Begun(NamedTuple):
-    """What the first batch of images begins with, what it is constrained to, and which of --ours are at work."""
-
-    x: torch.Tensor
-    constrain: object
-    ours: set
-
-
 @pytest.fixture
 def begun(watch, monkeypatch):
-    """begun(flags) runs a loop up to its first batch of images -> Begun."""
+    """begun(flags) runs a loop up to its first batch of images -> what it begins with, what it is constrained to, and
+    which of --ours are at work."""
 
     def run(flags):
         batches = []
@@ -814,7 +807,7 @@ def begun(watch, monkeypatch):
                 range=constrain is not None and torch.equal(constrain(zeros), zeros),
                 settle=settle > 0, augment=augmented, scale=L > 300, sum=factor == len(x),
             )  # fmt: skip
-            batches.append(Begun(x, constrain, {name for name, found in at_work.items() if found}))
+            batches.append((x, constrain, {name for name, found in at_work.items() if found}))
             return x, torch.tensor(L)
 
         with monkeypatch.context() as patch:
@@ -831,7 +824,7 @@ def begun(watch, monkeypatch):
 ])  # fmt: skip
 def test_nothing_of_ours_is_in_the_papers_synthesis_of_images(begun, method, ours):
     mean, std = GLYPHS.mean[0], GLYPHS.std[0]
-    assert begun(f"--method {method}").ours == ours
+    assert begun(f"--method {method}")[2] == ours
     x, constrain, at_work = begun(f"--method {method} --schedule paper")
     assert at_work == set()
     if method == "zskd":  # U[0, 1], min-max rescaled before every step
@@ -1441,6 +1434,18 @@ def one_line(text):
     return text
 
 
+@pytest.fixture
+def refused(blind, capsys):
+    """refused(folder, flags) runs it without evaluations; it must end with an error -> its one line."""
+
+    def run(folder, flags=""):
+        capsys.readouterr()
+        assert blind(folder, flags) == 1
+        return one_line(capsys.readouterr().err)
+
+    return run
+
+
 def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
@@ -1490,17 +1495,14 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert outcome(out)[2] != outcome(tmp_path / "c")[2]
 
 
-def test_an_earlier_run_is_neither_mixed_nor_lost(blind, tmp_path, capsys):
+def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path, capsys):
     assert blind(tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert blind(tmp_path, "--seed 1") == 1
-    refused = one_line(capsys.readouterr().err)
-    assert "--resume" in refused and "--out" in refused
+    assert re.search("--resume .*--out", refused(tmp_path, "--seed 1"))
     torch.save({}, tmp_path.parent / "other.pt")
-    assert blind(tmp_path, f"--resume --teacher {tmp_path.parent / 'other.pt'}") == 1  # a run that cannot begin
+    refused(tmp_path, f"--resume --teacher {tmp_path.parent / 'other.pt'}")  # a run that cannot begin
     with data.claimed(tmp_path, dfkd.FILES, resume=True):
-        assert blind(tmp_path, "--resume") == 1
-        assert "another run" in capsys.readouterr().err.splitlines()[-1]
+        assert "another run" in refused(tmp_path, "--resume")
     assert blind(tmp_path, "--resume") == 0
     for path, content in before.items():
         assert path.name == "result.json" or path.read_bytes() == content  # that has the seconds in it
@@ -1745,28 +1747,21 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("damage", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_a_checkpoint_of_another_kind_is_refused(blind, whole, tmp_path, damage, capsys):
-    checkpoint = tmp_path / "checkpoint.pt"
-    shutil.copy(whole("")[0] / "checkpoint.pt", checkpoint)
+def test_a_checkpoint_of_another_kind_is_refused(refused, whole, tmp_path, damage):
+    checkpoint = Path(shutil.copy(whole("")[0] / "checkpoint.pt", tmp_path))
     damage(checkpoint)
     content = checkpoint.read_bytes()
-    capsys.readouterr()
-    assert blind(tmp_path, "--resume") == 1
-    assert "not this version's" in one_line(capsys.readouterr().err)
+    assert "not this version's" in refused(tmp_path, "--resume")
     assert checkpoint.read_bytes() == content
 
 
-def test_resume_refuses_other_arguments(blind, command, tmp_path, teacher_file, capsys, monkeypatch):
-    assert blind(tmp_path / "out") == 0
-    other = tmp_path / "other.pt"
-    torch.save({k: v + 1 for k, v in torch.load(teacher_file, weights_only=True).items()}, other)
-    assert blind(tmp_path / "out", f"--resume --teacher {other}") == 1
-    assert "another teacher" in one_line(capsys.readouterr().err)
-    monkeypatch.setattr(dfkd, "get_teacher", None)  # flags are compared before a teacher is trained
-    assert blind(tmp_path / "out", "--resume --student-lr 0.5") == 1
-    assert "--student-lr 0.01, now 0.5; give the same" in one_line(capsys.readouterr().err)
-    assert command("out", "--resume --teacher-seed 1") == 1
-    assert "give the same" in one_line(capsys.readouterr().err)
+def test_resume_refuses_other_arguments(blind, refused, teacher_file, tmp_path, monkeypatch):
+    assert blind(tmp_path) == 0
+    torch.save({k: v + 1 for k, v in torch.load(teacher_file, weights_only=True).items()}, tmp_path / "other.pt")
+    assert "another teacher; give the same" in refused(tmp_path, f"--resume --teacher {tmp_path / 'other.pt'}")
+    monkeypatch.setattr(dfkd, "get_teacher", None)  # what the flags say is found before a teacher is trained
+    for flags, words in (("--student-lr 0.5", "--student-lr 0.01, now 0.5; "), ("--teacher-seed 1", "--teacher-seed")):
+        assert words in refused(tmp_path, f"--resume {flags}")
 
 
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
@@ -1776,11 +1771,10 @@ def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monke
     assert "began with commit one of this program, goes on with other" in capsys.readouterr().out
 
 
-def test_a_transfer_set_that_is_gone(blind, tmp_path, capsys):
+def test_a_transfer_set_that_is_gone(blind, refused, tmp_path):
     assert blind(tmp_path, "--method zskd") == 0
     (tmp_path / "transfer" / "0.pt").unlink()
-    assert blind(tmp_path, "--method zskd --resume") == 1
-    assert "0.pt: cannot be read (No such file" in one_line(capsys.readouterr().err)
+    assert "0.pt: cannot be read (No such file" in refused(tmp_path, "--method zskd --resume")
 
 
 NAN = [  # flags, the function that gives NaN, the terms that may be named, with their stage
@@ -1796,7 +1790,7 @@ NAN = [  # flags, the function that gives NaN, the terms that may be named, with
 
 
 @pytest.mark.parametrize("flags, function, message", NAN)
-def test_nan_stops_the_run_and_names_the_term(blind, whole, tmp_path, monkeypatch, capsys, flags, function, message):
+def test_nan_stops_the_run_and_names_the_term(blind, refused, whole, tmp_path, monkeypatch, flags, function, message):
     module = replay if hasattr(replay, function) else g
     calls, real = [], getattr(module, function)
 
@@ -1804,25 +1798,22 @@ def test_nan_stops_the_run_and_names_the_term(blind, whole, tmp_path, monkeypatc
         calls.append(1)
         return real(*args) * (math.nan if len(calls) > 4 else 1)
 
-    monkeypatch.setattr(module, function, broken)
-    assert blind(tmp_path, flags) == 1
-    stopped = one_line(capsys.readouterr().err)
-    assert re.search(rf"{message} step \d+.* lower learning rates; the last good checkpoint is kept", stopped)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, broken)
+        message = rf"{message} step \d+.* lower learning rates; the last good checkpoint is kept"
+        assert re.search(message, refused(tmp_path, flags))
     assert blind(tmp_path, f"{flags} --resume") == 0  # from the last good checkpoint
     assert_same(whole(flags)[0], tmp_path)
 
 
-def test_a_full_disk_keeps_what_was_written(blind, whole, tmp_path, capsys):
+def test_a_full_disk_keeps_what_was_written(blind, refused, whole, tmp_path):
     """A limit on file sizes makes the second stage's larger checkpoint fail as on a full disk."""
     folder, limits = whole("")[0], resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "checkpoint.pt").stat().st_size - 1000, limits[1]))
-    capsys.readouterr()
     try:
-        assert blind(tmp_path) == 1
+        assert "checkpoint.pt" in refused(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "checkpoint.pt" in one_line(capsys.readouterr().err)
     assert not list(tmp_path.glob("*.part"))
     assert blind(tmp_path, "--resume") == 0
     assert_same(folder, tmp_path)
@@ -1948,11 +1939,9 @@ def test_a_damaged_teacher_is_loaded_or_refused(tmp_path):
     assert 30 < refusals(60, attempt, (data.DataError, models.NetworkError), path)
 
 
-def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "checkpoint.pt"
-    content = (whole("")[0] / "checkpoint.pt").read_bytes()
-    path.write_bytes(content)
-    tree = torch.load(path, weights_only=True)
+def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, capsys):
+    path = Path(shutil.copy(whole("")[0] / "checkpoint.pt", tmp_path))
+    content, tree = path.read_bytes(), torch.load(path, weights_only=True)
 
     def attempt(rng):
         damage(path, content, tree, rng)
@@ -2029,38 +2018,29 @@ def test_schedules_follow_the_kind_of_data():
     assert (rounds["steps"], rounds["eval_every"]) == (30, 30)  # rounds of 10 are whole
 
 
-def student_rates(flags, steps):
-    """The student's optimiser, and its rate at each of so many steps."""
-    args = dfkd.parse(f"--device cpu {flags}".split())
-    optimiser, schedule = dfkd.student_optimiser(nn.Linear(1, 1), args)
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.get_last_lr()[0])
-        optimiser.step()
-        schedule.step()
-    return optimiser, rates
-
-
 def test_the_student_optimisers_follow_their_schedules():
-    def rates(decay, steps):
-        flags = f"--student-optimiser sgd --student-lr 1 --student-decay {decay} --steps {steps}"
-        optimiser, values = student_rates(flags, steps)
-        assert isinstance(optimiser, torch.optim.SGD) and optimiser.param_groups[0]["weight_decay"] == 5e-4
+    def rates(flags, steps):
+        optimiser, decay = dfkd.student_optimiser(nn.Linear(1, 1), dfkd.parse(f"--device cpu {flags}".split()))
+        assert isinstance(optimiser, torch.optim.SGD) == ("sgd" in flags or "cifar" in flags)
+        assert optimiser.param_groups[0]["weight_decay"] == (5e-4 if isinstance(optimiser, torch.optim.SGD) else 0)
+        values = []
+        for _ in range(steps):
+            values.append(decay.get_last_lr()[0])
+            optimiser.step()
+            decay.step()
         return values
 
-    assert set(rates("none", 5)) == {1.0}
-    assert rates("cosine", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
-    cycle = rates("cycle", 100)
+    sgd = "--student-optimiser sgd --student-lr 1 --student-decay"
+    assert set(rates(f"{sgd} none", 5)) == {1.0}
+    assert rates(f"{sgd} cosine --steps 4", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    cycle = rates(f"{sgd} cycle --steps 100", 100)
     assert cycle[0] == pytest.approx(0.04) and max(cycle) == pytest.approx(cycle[14]) and cycle[-1] < 1e-4
-    drops = rates("drops", 801 * dfkd.EPOCH)
+    drops = rates(f"{sgd} drops", 801 * dfkd.EPOCH)
     assert drops[800 * dfkd.EPOCH - 1] == 1 and drops[800 * dfkd.EPOCH] == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_the_cosine_of_pre_moves_once_an_epoch_of_36_rounds(name):
-    _, rates = student_rates(f"--method pre --schedule paper --dataset {name}", 1081)
-    epochs = [(1 + math.cos(math.pi * epoch / 400)) / 20 for epoch in range(4)]
-    assert rates == pytest.approx(np.repeat(epochs, 360)[:1081].tolist(), rel=1e-9)
+    for name in ("mnist", "cifar10"):  # PRE-DFKD's cosine moves once an epoch of 36 rounds
+        epochs = [(1 + math.cos(math.pi * epoch / 400)) / 20 for epoch in range(4)]
+        values = rates(f"--method pre --schedule paper --dataset {name}", 1081)
+        assert values == pytest.approx(np.repeat(epochs, 360)[:1081].tolist(), rel=1e-9)
 
 
 class Exploit:
@@ -2090,14 +2070,13 @@ TEACHER_FILES = {  # what torch.save wrote, or bytes
 
 
 @pytest.mark.parametrize("content, message", TEACHER_FILES.values(), ids=TEACHER_FILES)
-def test_bad_teacher_files(blind, content, message, tmp_path, monkeypatch, capsys):
+def test_bad_teacher_files(refused, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
         Path("bad.pt").write_bytes(content)
     else:
         torch.save(content, "bad.pt")
-    assert blind("out", "--teacher bad.pt") == 1
-    assert re.search(f"bad.pt: .*{message}", one_line(capsys.readouterr().err))
+    assert re.search(f"bad.pt: .*{message}", refused("out", "--teacher bad.pt"))
     assert not Path("exploited").exists()
 
 
