@@ -1030,6 +1030,8 @@ def test_cifar_files_are_read(tmp_path, name, packed, capsys):
         assert np.array_equal(images.numpy(), records[:, known.label_bytes :].reshape(-1, 3, 32, 32))
     assert len(list((tmp_path / known.folder).iterdir())) == (1 if packed else len(files))
     assert ("not the published file" in capsys.readouterr().out) == packed
+
+
 def mat_element(order, kind, content, short=False):
     if short:
         tag = struct.pack(order + "I", len(content) << 16 | kind)
@@ -1127,8 +1129,8 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
         "damaged": (lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "truncated compressed file"),
         "wrong checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], "incorrect data check"),
         "more behind it": (lambda b: b + b"more", "incorrect header check"),
-        "too many streams": (gzip.compress(b"") * 10_001, "10,000 streams"),
-        "far too long": (gzip.compress(bytes(data.IDX_LIMIT + 1), 1), "holds more than 48088576 bytes"),
+        "too many streams": (lambda b: gzip.compress(b"") * 10_001, "10,000 streams"),
+        "far too long": (lambda b: gzip.compress(bytes(data.IDX_LIMIT + 1), 1), "holds more than 48088576 bytes"),
         "label out of range": (gzip.compress(idx(np.full(20, 10, np.uint8))), "label 10"),
     },
     "CIFAR": {
