@@ -1239,15 +1239,15 @@ def garbled(content, rng):
 
 
 def refusals(count, attempt, errors, named):
-    """How many of `count` attempts end in one of the errors, with one line that names the file."""
-    refused, rng = 0, np.random.default_rng(0)
-    for _ in range(count * int(os.environ.get("DFKD_FUZZ", 1))):
+    """The share of attempts that end in one of the errors, with one line that names the file."""
+    refused, rng, count = 0, np.random.default_rng(0), count * int(os.environ.get("DFKD_FUZZ", 1))
+    for _ in range(count):
         try:
             attempt(rng)
         except errors as error:
             refused += 1
             assert "\n" not in str(error) and str(named) in str(error)
-    return refused
+    return refused / count
 
 
 def inside(change, content):
@@ -1270,7 +1270,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, kind):
         path.write_bytes(inside(lambda b: garbled(b, rng), content) if within else garbled(content, rng))
         assert len(data.load(name, tmp_path).test_labels)
 
-    assert 10 < refusals(60, attempt, data.DataError, path.parent) < 60
+    assert 1 / 6 < refusals(60, attempt, data.DataError, path.parent) < 1
 
 
 def test_downloads_are_checked_and_whole(tmp_path, capsys):
@@ -1883,7 +1883,7 @@ def test_damaged_results_are_drawn_or_refused(two_runs):
         assert not re.search(r"\bnan\b|\binf\b", table + picture)
         ElementTree.fromstring(picture)
 
-    assert 100 < refusals(300, attempt, data.DataError, two_runs[0]) < 300 or "DFKD_FUZZ" in os.environ
+    assert 1 / 3 < refusals(300, attempt, data.DataError, two_runs[0]) < 1
 
 
 OTHERS = (
@@ -1929,7 +1929,7 @@ def test_a_damaged_teacher_is_loaded_or_refused(tmp_path):
         damage(path, content, tree, rng)
         assert models.load(path, "lenet5_half", GLYPHS, "cpu", "fp32")(torch.zeros(2, 1, 32, 32)).isfinite().all()
 
-    assert 30 < refusals(60, attempt, (data.DataError, models.NetworkError), path)
+    assert 1 / 2 < refusals(60, attempt, (data.DataError, models.NetworkError), path)
 
 
 def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, capsys):
@@ -1942,7 +1942,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
         if blind(tmp_path, "--resume"):
             raise dfkd.RunError(one_line(capsys.readouterr().err).strip())
 
-    assert 15 < refusals(30, attempt, dfkd.RunError, tmp_path)
+    assert 1 / 2 < refusals(30, attempt, dfkd.RunError, tmp_path)
 
 
 # ---------------------------------------------------------------- bad input
