@@ -723,15 +723,9 @@ def test_the_first_student_step_sees_the_batch_of_the_generators_step(watch, met
         assert torch.equal(turn[6].y, turn[7].x) and not torch.equal(turn[0].y, turn[6].y)
 
 
-WEIGHTS = "--student-steps 2 --steps 4 --loss-weights 2 3 5"
-
-
-@pytest.mark.parametrize("flags, third, more", [
-    (f"--method dafl {WEIGHTS}", "L_a", ()), (f"--method mskd {WEIGHTS}", "L_ms", ()),
-    (f"--method pre {WEIGHTS}", "L_a", ("L_js",)),
-])  # fmt: skip
-def test_the_generators_objective_is_the_sum_of_its_terms(watch, flags, third, more):
-    logged = watch(flags)[0].logged
+@pytest.mark.parametrize("method, third, more", [("dafl", "L_a", ()), ("mskd", "L_ms", ()), ("pre", "L_a", ("L_js",))])
+def test_the_generators_objective_is_the_sum_of_its_terms(watch, method, third, more):
+    logged = watch(f"--method {method} --student-steps 2 --steps 4 --loss-weights 2 3 5")[0].logged
     L_G, L_oh, L_ie, L_3, *more = (logged["student", name] for name in ("L_G", "L_oh", "L_ie", third, *more))
     total = 2 * np.array(L_oh) + 3 * np.array(L_ie) + 5 * np.array(L_3) + sum(map(np.array, more))
     assert np.allclose(L_G, total, rtol=1e-5) and -1 <= min(L_ie) <= max(L_ie) <= 0  # log10: of 10 classes, -1 at least
@@ -1770,7 +1764,7 @@ def test_a_transfer_set_that_is_gone(blind, refused, tmp_path):
     assert "0.pt: cannot be read (No such file" in refused(tmp_path, "--method zskd --resume")
 
 
-NAN = [  # flags, the function that gives NaN, the terms that may be named, with their stage
+@pytest.mark.parametrize("flags, function, message", [  # the function that gives NaN, the terms that may be named
     ("", "diversity_seeking_loss", "(L_ds|L_G) became nan at generator"),
     (VAE, "vae_loss", "L_vae became nan at generator"),
     ("", "distillation_loss", "L_kd became nan at student"),
@@ -1779,10 +1773,7 @@ NAN = [  # flags, the function that gives NaN, the terms that may be named, with
     ("--method dafl --student-steps 2", "activation_loss", "(L_G|L_a) became nan at student"),
     (f"--method dafl --student-steps 2 {VAE}", "vae_loss", "(L_vae|L_kd) became nan at student"),
     ("--method zskd", "soft_target_loss", "L_x became nan at images"),
-]
-
-
-@pytest.mark.parametrize("flags, function, message", NAN)
+])
 def test_nan_stops_the_run_and_names_the_term(blind, refused, whole, tmp_path, monkeypatch, flags, function, message):
     module = replay if hasattr(replay, function) else g
     calls, real = [], getattr(module, function)
