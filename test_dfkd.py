@@ -14,6 +14,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -143,15 +144,11 @@ def test_closed_forms(classes):
     uniform, certain = torch.zeros(8, classes), 200 * torch.eye(classes)
     for t in (uniform, certain):
         assert g.information_entropy_loss(t).item() == pytest.approx(-math.log(classes), rel=1e-6)
-    assert g.one_hot_loss(uniform).item() == pytest.approx(math.log(classes), rel=1e-6)
-    assert g.one_hot_loss(certain).item() == 0
-    assert g.distillation_loss(certain, certain, 10.0).item() == pytest.approx(0, abs=1e-6)
+    assert g.one_hot_loss(uniform).item() == pytest.approx(math.log(classes)) and g.one_hot_loss(certain) == 0
     assert g.js_disagreement_loss(certain, certain).item() == pytest.approx(1)
     assert g.js_disagreement_loss(certain, certain.roll(1, 0)).item() == pytest.approx(1 - math.log(2), rel=1e-5)
-    assert g.total_variation(torch.ones(2, 1, 4, 4)).item() == 0
-    step = torch.zeros(1, 1, 2, 2)
-    step[..., 1] = 1  # differences: horizontal 1, 1; vertical 0, 0; one on each diagonal
-    assert g.total_variation(step).item() == pytest.approx(math.sqrt(2) + 2)
+    step = torch.tensor([[0.0, 1], [0, 1]])  # differences: horizontal 1, 1; vertical 0, 0; one on each diagonal
+    assert g.total_variation(step[None, None]).item() == pytest.approx(math.sqrt(2) + 2)
 
 
 def test_a_class_without_mass_gives_no_nan():
@@ -274,12 +271,10 @@ def test_rolls_go_up_to_two_pixels_round_the_edge():
 def test_batch_norm_hooks_leave_nothing_behind():
     net, x = models.build("wrn-16-1").eval(), torch.randn(8, 1, 32, 32)
     before = net(x)
-    with g.batch_norm_inputs(net) as collected:
+    with pytest.raises(ZeroDivisionError), g.batch_norm_inputs(net) as collected:
         assert torch.equal(net(x), before)
-    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert [layer for layer, _ in collected] == layers
-    with pytest.raises(ZeroDivisionError), g.batch_norm_inputs(net):
         1 / 0
+    assert [layer for layer, _ in collected] == [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
@@ -433,12 +428,6 @@ def test_networks(name):
     assert all(p.grad is not None for p in net.parameters())
 
 
-@pytest.mark.parametrize("name", ["lenet", "wrn-17-1", "wrn-16-0", "resnet50"])
-def test_unknown_networks_are_refused(name):
-    with pytest.raises(ValueError, match=name):
-        models.build(name)
-
-
 SMALL = "--method pre --device cpu --precision fp32 --latent 6 --width 8"
 NETWORKS = {  # make a network as the program does, and what it reads
     "generator": (lambda: dfkd.image_generator(GLYPHS, dfkd.parse(SMALL.split()), True)[0], (8, 6)),
@@ -514,7 +503,6 @@ def test_pres_networks_begin_with_small_uniform_weights_and_no_biases(watch):
 
 
 TRACES = os.environ.get("DFKD_TRACES")
-traced = pytest.mark.skipif(not TRACES, reason="DFKD_TRACES names no file of the authors' traces")
 AUTHORS_NAMES = {  # of the layers, in the files of traces
     "l1.0": "linear", "conv_blocks1.0": "conv1", "conv_blocks2.0": "conv2", "conv_blocks2.3": "conv3",
     "conv_blocks3.0": "conv3",
@@ -559,10 +547,23 @@ class Recorder:
         yield from range(-(-count // each) if self.rounds is None else self.rounds)
 
 
-@pytest.fixture
-def trace(monkeypatch):
-    """trace(method, stages, flags) runs a loop in float64 on the weights and the draws of the file -> what it logs."""
+PRE_LISTS = ("pre_generator_L_G", "pre_generator_L_js", "pre_L_kd", "pre_memory_L_vae")
+TRACED = {  # flags, with the lengths of the file's lists; the lists of losses; relative differences by part of a list
+    "rdskd": ("--generator-steps {rdskd_generator_L_G} --steps {rdskd_student_L_kd} --temperature 10",
+              (*(f"rdskd_generator_{L}" for L in ("L_oh", "L_ie", "L_ds", "L_G")), "rdskd_student_L_kd"), [1e-9]),
+    "dafl": ("--steps {dafl_L_kd} --student-steps 1 --temperature 1 --loss-weights 1 5 0.1",
+             ("dafl_L_G", "dafl_L_kd"), [1e-9]),
+    "pre": ("--steps {pre_L_kd} --student-steps 5 --loss-weights 1 5 0.1 --latent-lr 0.02 --memory-latent 8 "
+            "--memory-width 128", PRE_LISTS, [1e-4, 5e-3, 2e-2]),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not TRACES, reason="DFKD_TRACES names no file of the authors' traces")
+@pytest.mark.parametrize("method", TRACED)
+def test_trace(monkeypatch, method):
+    """The loop in float64 on the authors' weights and draws shows the authors' losses."""
     held = {k: torch.from_numpy(v).double() for k, v in np.load(TRACES).items()}
+    draws = [held[k] for k in sorted(held) if k.startswith(method) and "_draw_" in k]
 
     def set_weights(net, prefix, names):
         for theirs, ours in names.items():
@@ -579,88 +580,52 @@ def trace(monkeypatch):
                 spectral._u.copy_(U[:, 0])
                 spectral._v.copy_(V[0])
 
-    def run(method, stages, flags):
-        draws = [held[k] for stage in stages for k in sorted(held) if k.startswith(f"{stage}_draw_")]
+    def randn(rows, *_, generator=None, device=None):
+        taken = [draws.pop(0)]
+        while sum(map(len, taken)) < rows:  # RDSKD's code draws a batch in two halves
+            taken.append(draws.pop(0))
+        return torch.cat(taken)
 
-        def randn(rows, *_, generator=None, device=None):
-            taken = [draws.pop(0)]
-            while sum(map(len, taken)) < rows:  # RDSKD's code draws a batch in two halves
-                taken.append(draws.pop(0))
-            return torch.cat(taken)
+    def build_generator(*args, build=dfkd.image_generator, **more):
+        G, _ = build(*args, **more)
+        set_weights(G, f"{method}_G.", AUTHORS_NAMES)
+        return G, models.adam(G, 1e-3)
 
-        def build_generator(*args, build=dfkd.image_generator, **more):
-            G, _ = build(*args, **more)
-            set_weights(G, f"{method}_G.", AUTHORS_NAMES)
-            return G, models.adam(G, 1e-3)
+    def build_memory(*args, build=dfkd.replay_memory):
+        memory = build(*args)
+        if memory:
+            set_weights(memory.vae.decoder, f"{method}_M.", AUTHORS_NAMES)
+            set_weights(memory.vae.encoder, f"{method}_E.", AUTHORS_ENCODER)
+            memory.optimiser = models.adam(memory.vae, 0.02 / 40)
+        return memory
 
-        def build_memory(*args, build=dfkd.replay_memory):
-            memory = build(*args)
-            if memory:
-                set_weights(memory.vae.decoder, f"{method}_M.", AUTHORS_NAMES)
-                set_weights(memory.vae.encoder, f"{method}_E.", AUTHORS_ENCODER)
-                memory.optimiser = models.adam(memory.vae, 0.02 / 40)
-            return memory
+    def two_layers(who):
+        return TwoLayers(*(held.get(f"{who}_{W}", held.get(f"{method}_student_{W}")) for W in ("W1", "W2")))
 
-        def two_layers(who):
-            return TwoLayers(*(held.get(f"{who}_{W}", held.get(f"{method}_student_{W}")) for W in ("W1", "W2")))
-
-        fixed = "--batch 32 --latent 8 --width 128 --precision fp32 --device cpu --generator-lr 1e-3"
-        fixed += " --student-optimiser adam --student-lr 2e-3 --student-decay none"
-        args = dfkd.parse(f"--method {method} {fixed} {flags}".split())
-        teacher, student = two_layers(f"{method}_teacher").requires_grad_(False), two_layers(f"{method}_student")
-        recorder = Recorder()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(torch, "randn", randn)
-                patch.setattr(torch, "randn_like", lambda x: randn(len(x)))
-                patch.setattr(dfkd, "image_generator", build_generator)
-                patch.setattr(dfkd, "replay_memory", build_memory)
-                patch.setattr(dfkd, "EPOCH", 3)
-                dfkd.LOOPS[method](teacher, student, data.INFO["mnist"], args, recorder)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert not draws, "draws that the loop did not make"
-        return held, recorder.logged
-
-    return run
-
-
-def assert_traced(ours, theirs, tolerances):
-    """Relative differences, each part of the list within its tolerance."""
-    theirs = theirs.tolist()
-    assert len(ours) == len(theirs)
-    for i, (a, b) in enumerate(zip(ours, theirs)):
-        tolerance = tolerances[i * len(tolerances) // len(theirs)]
-        assert a == pytest.approx(b, rel=tolerance), f"value {i + 1} of {len(theirs)}"
-
-
-@traced
-def test_trace_rdskd(trace):
-    count = {k: len(np.load(TRACES)[f"rdskd_{k}"]) for k in ("generator_L_G", "student_L_kd")}
-    flags = f"--generator-steps {count['generator_L_G']} --steps {count['student_L_kd']} --temperature 10"
-    held, logged = trace("rdskd", ("rdskd_generator", "rdskd_student"), flags)
-    for name in ("L_oh", "L_ie", "L_ds", "L_G"):
-        assert_traced(logged["generator", name], held[f"rdskd_generator_{name}"], [1e-9])
-    assert_traced(logged["student", "L_kd"], held["rdskd_student_L_kd"], [1e-9])
-
-
-@traced
-def test_trace_dafl(trace):
-    flags = f"--steps {len(np.load(TRACES)['dafl_L_kd'])} --student-steps 1 --temperature 1 --loss-weights 1 5 0.1"
-    held, logged = trace("dafl", ("dafl",), flags)
-    for name in ("L_G", "L_kd"):
-        assert_traced(logged["student", name], held[f"dafl_{name}"], [1e-9])
-
-
-@traced
-def test_trace_pre(trace):
-    flags = f"--steps {len(np.load(TRACES)['pre_L_kd'])} --student-steps 5 --loss-weights 1 5 0.1 --latent-lr 0.02"
-    held, logged = trace("pre", ("pre",), f"{flags} --memory-latent 8 --memory-width 128")
-    for ours, theirs in [
-        ("L_G", "generator_L_G"), ("L_js", "generator_L_js"), ("L_kd", "L_kd"), ("L_vae", "memory_L_vae"),
-    ]:  # fmt: skip
-        assert_traced(logged["student", ours], held[f"pre_{theirs}"], [1e-4, 5e-3, 2e-2])
+    flags, lists, tolerances = TRACED[method]
+    fixed = "--batch 32 --latent 8 --width 128 --precision fp32 --device cpu --generator-lr 1e-3"
+    fixed += " --student-optimiser adam --student-lr 2e-3 --student-decay none"
+    lengths = {name: len(values) for name, values in held.items()}
+    args = dfkd.parse(f"--method {method} {fixed} {flags.format(**lengths)}".split())
+    teacher, student = two_layers(f"{method}_teacher").requires_grad_(False), two_layers(f"{method}_student")
+    recorder = Recorder()
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(torch, "randn_like", lambda x: randn(len(x)))
+    monkeypatch.setattr(dfkd, "image_generator", build_generator)
+    monkeypatch.setattr(dfkd, "replay_memory", build_memory)
+    monkeypatch.setattr(dfkd, "EPOCH", 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        dfkd.LOOPS[method](teacher, student, data.INFO["mnist"], args, recorder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not draws, "draws that the loop did not make"
+    logged = {term: values for (_, term), values in recorder.logged.items()}
+    for name in lists:
+        ours, theirs = logged[name[name.index("L_") :]], held[name].tolist()
+        assert len(ours) == len(theirs)
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            assert a == pytest.approx(b, rel=tolerances[i * len(tolerances) // len(theirs)]), f"{name}, value {i + 1}"
 
 
 # ---------------------------------------------------------------- the loops: the order of their steps
@@ -752,12 +717,6 @@ def test_rdskds_memory_learns_in_the_first_stage_and_speaks_in_the_second(watch)
     assert [len(e.x) for e in events if e.who == "S"] == [18, 18]
 
 
-@pytest.mark.parametrize("flags", [PRE, "--method dafl --steps 4 --student-steps 2", "--method mskd --steps 3"])
-def test_a_generator_beside_its_student_stays_in_train_mode(watch, flags):
-    _, events = watch(flags)
-    assert all(e.training for e in events if e.who == "G")
-
-
 @pytest.mark.parametrize("steps, learned", [(6, 4), (3, 3)])
 def test_pre_has_four_steps_of_the_memory_a_round(watch, steps, learned):
     _, events = watch(f"--method pre --student-steps {steps} --steps {2 * steps}")
@@ -765,30 +724,26 @@ def test_pre_has_four_steps_of_the_memory_a_round(watch, steps, learned):
     assert story == 2 * ["step of G", *learned * ["step of S", "VAE"], *(steps - learned) * ["step of S"]]
 
 
-def test_pre_shows_memory_samples_beside_novel_ones_from_the_first_step_on(watch):
+def test_pre_shows_memory_samples_beside_novel_ones_and_its_memory_learns_half_of_the_novel_ones(watch):
     _, events = watch(PRE)
     assert [len(e.x) for e in events if e.who == "S"] == 2 * [16, *6 * [18]]  # the 16 are L_js's
     novel = [e.y for e in events if e.who == "G"]
     assert len({x.numpy().tobytes() for x in novel}) == 14  # G's own batch is not used again
     seen = [e.x[:16] for e in events if e.who == "S"]
     assert all(torch.equal(a, b) for a, b in zip(novel, seen, strict=True))
-
-
-def test_pres_memory_learns_half_of_the_novel_batch_and_rehearses_from_the_second_round_on(watch):
-    _, events = watch(PRE)
     learned = [i for i, e in enumerate(events) if e.who == "VAE"]
-    assert [len(events[i].x) for i in learned] == 4 * [8] + 4 * [8 + 2]
+    assert [len(events[i].x) for i in learned] == 4 * [8] + 4 * [8 + 2]  # it rehearses from the second round on
     for i in learned:
         seen = [e.x for e in events[:i] if e.who == "S"][-1]
         assert torch.equal(events[i].x[:8], seen[:8])
 
 
-def test_pres_decoder_is_in_eval_mode_for_the_student_and_in_train_mode_for_its_own_step(watch):
+def test_pres_decoder_is_in_eval_mode_for_the_student_only(watch):
     _, events = watch(PRE)
-    for_student, own_first, own = [False, False], [True], [True, True, True]
-    modes = [e.training for e in events if e.who == "M"]
-    first, second = 4 * (for_student + own_first), 4 * (for_student + own)
-    assert modes == first + 2 * for_student + second + 2 * for_student
+    for_student, first_own, own = [False, False], [True], [True, True, True]
+    first, second = 4 * (for_student + first_own), 4 * (for_student + own)
+    assert [e.training for e in events if e.who == "M"] == first + 2 * for_student + second + 2 * for_student
+    assert all(e.training for e in events if e.who == "G")
 
 
 def test_pres_student_minimises_the_distance_of_the_logits(watch):
@@ -802,21 +757,15 @@ def test_pres_student_minimises_the_distance_of_the_logits(watch):
 def test_the_first_student_step_sees_the_batch_of_the_generators_step(watch, method):
     _, events = watch(f"--method {method} --student-steps 2 --steps 4")
     story = ["G", "T", "step of G", "S", "T", "step of S", "G", "S", "T", "step of S"]
-    assert [e.who for e in events] == 2 * story
+    assert [e.who for e in events] == 2 * story and all(e.training for e in events if e.who == "G")
     for turn in (events[:10], events[10:]):
         assert torch.equal(turn[0].y, turn[3].x) and torch.equal(turn[0].y, turn[1].x)  # before G moved
         assert torch.equal(turn[6].y, turn[7].x) and not torch.equal(turn[0].y, turn[6].y)
 
 
-WEIGHTS = "--student-steps 2 --steps 4 --loss-weights 2 3 5"
-
-
-@pytest.mark.parametrize("flags, third, more", [
-    (f"--method dafl {WEIGHTS}", "L_a", ()), (f"--method mskd {WEIGHTS}", "L_ms", ()),
-    (f"--method pre {WEIGHTS}", "L_a", ("L_js",)),
-])  # fmt: skip
-def test_the_generators_objective_is_the_sum_of_its_terms(watch, flags, third, more):
-    logged = watch(flags)[0].logged
+@pytest.mark.parametrize("method, third, more", [("dafl", "L_a", ()), ("mskd", "L_ms", ()), ("pre", "L_a", ("L_js",))])
+def test_the_generators_objective_is_the_sum_of_its_terms(watch, method, third, more):
+    logged = watch(f"--method {method} --student-steps 2 --steps 4 --loss-weights 2 3 5")[0].logged
     L_G, L_oh, L_ie, L_3, *more = (logged["student", name] for name in ("L_G", "L_oh", "L_ie", third, *more))
     total = 2 * np.array(L_oh) + 3 * np.array(L_ie) + 5 * np.array(L_3) + sum(map(np.array, more))
     assert np.allclose(L_G, total, rtol=1e-5) and -1 <= min(L_ie) <= max(L_ie) <= 0  # log10: of 10 classes, -1 at least
@@ -872,17 +821,10 @@ def test_zskd_has_both_betas_for_every_class(watch, monkeypatch):
     assert all(sorted(beta[classes == k].tolist()) == pytest.approx([0.1, 0.1, 1, 1]) for k in range(10))
 
 
-class Begun(NamedTuple):
-    """What the first batch of images begins with, what it is constrained to, and which of --ours are at work."""
-
-    x: torch.Tensor
-    constrain: object
-    ours: set
-
-
 @pytest.fixture
 def begun(watch, monkeypatch):
-    """begun(flags) runs a loop up to its first batch of images -> Begun."""
+    """begun(flags) runs a loop up to its first batch of images -> what it begins with, what it is constrained to, and
+    which of --ours are at work."""
 
     def run(flags):
         batches = []
@@ -899,7 +841,7 @@ def begun(watch, monkeypatch):
                 range=constrain is not None and torch.equal(constrain(zeros), zeros),
                 settle=settle > 0, augment=augmented, scale=L > 300, sum=factor == len(x),
             )  # fmt: skip
-            batches.append(Begun(x, constrain, {name for name, found in at_work.items() if found}))
+            batches.append((x, constrain, {name for name, found in at_work.items() if found}))
             return x, torch.tensor(L)
 
         with monkeypatch.context() as patch:
@@ -916,7 +858,7 @@ def begun(watch, monkeypatch):
 ])  # fmt: skip
 def test_nothing_of_ours_is_in_the_papers_synthesis_of_images(begun, method, ours):
     mean, std = GLYPHS.mean[0], GLYPHS.std[0]
-    assert begun(f"--method {method}").ours == ours
+    assert begun(f"--method {method}")[2] == ours
     x, constrain, at_work = begun(f"--method {method} --schedule paper")
     assert at_work == set()
     if method == "zskd":  # U[0, 1], min-max rescaled before every step
@@ -990,7 +932,7 @@ def test_the_bank_is_bounded_and_draws_uniformly():
     for i in range(1, 40):
         bank.learn(torch.full((24, 1, 4, 4), float(i)), None, rehearse=True)  # stores 3
         assert bank.filled == min(3 * i, 10) and bank.bytes() == min(3 * i, 10) * 16 * 4
-    assert bank.images.min() > 1  # the first ones were replaced
+    assert bank.images.min() > 4  # all of the first ones were replaced
     bank.images[:] = torch.arange(10.0).view(10, 1, 1, 1)
     counts = bank.recall(10_000, None)[:, 0, 0, 0].long().bincount(minlength=10)
     assert counts.min() > 850 and counts.max() < 1150
@@ -999,11 +941,12 @@ def test_the_bank_is_bounded_and_draws_uniformly():
 # ---------------------------------------------------------------- data sets
 
 
-def test_glyphs_are_deterministic_balanced_and_differ_by_seed():
-    (x, y), (again, _), (other, _) = data.glyphs(300, 0), data.glyphs(300, 0), data.glyphs(300, 1)
-    assert x.shape == (300, 28, 28) and x.dtype == np.uint8
+def test_glyphs_are_balanced_normalised_and_drawn_by_seed():
+    (x, y), (again, _), (other, _) = (data.glyphs(2_000, seed) for seed in (0, 0, 1))
+    assert x.shape == (2_000, 28, 28) and x.dtype == np.uint8 and (np.bincount(y, minlength=10) == 200).all()
     assert np.array_equal(x, again) and not np.array_equal(x, other)
-    assert (np.bincount(y, minlength=10) == 30).all()
+    x = data.normalise(data.to_32x32(x), GLYPHS)
+    assert x.mean().item() == pytest.approx(0, abs=0.02) and x.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_a_linear_classifier_does_not_solve_glyphs():
@@ -1040,66 +983,39 @@ def test_crops_and_mirror_images():
     assert len({*plain, *mirrored}) > 75 and 200 < sum(a is None for a in plain) < 300
 
 
-def test_the_normalisation_of_glyphs_is_that_of_its_images():
-    x = data.normalise(data.to_32x32(data.glyphs(2_000, 0)[0]), data.INFO["glyphs"])
-    assert x.mean().item() == pytest.approx(0, abs=0.02) and x.std().item() == pytest.approx(1, abs=0.02)
-
-
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-@pytest.fixture
-def mnist(tmp_path):
-    """A folder with a small data set in MNIST's format: two plain files and two gzipped ones."""
-    rng, folder = np.random.default_rng(0), tmp_path / "mnist"
+def write_files(folder, files):
+    """Make a folder with these files, {name: content}."""
     folder.mkdir()
-    for stem, n in (("train", 30), ("t10k", 20)):
-        (folder / f"{stem}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (n, 28, 28), np.uint8)))
-        labels = idx(rng.integers(0, 10, n, np.uint8))
-        (folder / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
-    return folder
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
-def test_idx_files_are_read(mnist):
-    real = data.load("mnist", mnist.parent)
-    content = (mnist / "t10k-images-idx3-ubyte").read_bytes()[16:]
-    assert torch.equal(real.test_images, data.to_32x32(np.frombuffer(content, np.uint8).reshape(20, 28, 28).copy()))
-    assert real.train_images.shape == (30, 1, 32, 32) and real.train_labels.dtype == torch.int64
-    labels = gzip.decompress((mnist / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
-    assert real.train_labels.tolist() == list(labels)
+def random_bytes(seed, below, *shape):
+    return np.random.default_rng(seed).integers(0, below, shape, np.uint8)
 
 
-IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"
-DAMAGE = {
-    "truncated gzip": (LABELS, lambda b: b[:-9], "truncated compressed file .it ends early"),
-    "no gzip": (LABELS, lambda b: b"<html>not found</html>", "incorrect header check"),
-    "damaged gzip": (LABELS, lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "truncated compressed file"),
-    "wrong gzip checksum": (LABELS, lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], "incorrect data check"),
-    "more behind the gzip": (LABELS, lambda b: b + b"more", "incorrect header check"),
-    "too many gzips": (LABELS, lambda b: gzip.compress(b"") * 10_001, "10,000 streams"),
-    "far too long": (LABELS, lambda b: gzip.compress(bytes(data.IDX_LIMIT + 1), 1), "holds more than 48088576 bytes"),
-    "far too large": (IMAGES, lambda b: b[:4] + b"\xff" * 12, "bytes, expected 79228162458924105385300197391"),
-    "wrong magic": (IMAGES, lambda b: b"\0\0\x0d" + b[3:], "expected 00000803"),
-    "labels for images": (IMAGES, lambda b: idx(np.zeros(20, np.uint8)), "expected 00000803"),
-    "truncated": (IMAGES, lambda b: b[:-1], "bytes, expected"),
-    "too long": (IMAGES, lambda b: b + b"x", "bytes, expected"),
-    "half a header": (IMAGES, lambda b: b[:7], "bytes, expected"),
-    "empty": (IMAGES, lambda b: b"", "nothing"),
-    "other size": (IMAGES, lambda b: idx(np.zeros((20, 14, 14), np.uint8)), "28 x 28"),
-    "other length": (IMAGES, lambda b: idx(np.zeros((19, 28, 28), np.uint8)), "20 labels for 19 images"),
-    "no images": (IMAGES, lambda b: idx(np.zeros((0, 28, 28), np.uint8)), "20 labels for 0 images"),
-    "label out of range": (LABELS, lambda b: gzip.compress(idx(np.full(20, 10, np.uint8))), "label 10"),
+MNIST = {  # a small data set: two plain files and two gzipped ones
+    "train-images-idx3-ubyte": idx(random_bytes(0, 256, 30, 28, 28)),
+    "train-labels-idx1-ubyte.gz": gzip.compress(idx(random_bytes(1, 10, 30))),
+    "t10k-images-idx3-ubyte": idx(random_bytes(2, 256, 20, 28, 28)),
+    "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(random_bytes(3, 10, 20))),
 }
 
 
-@pytest.mark.parametrize("file, damage, message", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_idx_files_are_refused(mnist, file, damage, message):
-    path = mnist / file
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(data.DataError, match=message) as error:
-        data.load("mnist", mnist.parent)
-    assert "t10k" in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("name", data.IDX_FILES)
+def test_idx_files_are_read(tmp_path, name):
+    write_files(tmp_path / name, MNIST)
+    real = data.load(name, tmp_path)
+    pixels = np.frombuffer(MNIST["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(20, 28, 28).copy()
+    assert torch.equal(real.test_images, data.to_32x32(pixels)) and real.train_images.shape == (30, 1, 32, 32)
+    labels = gzip.decompress(MNIST["train-labels-idx1-ubyte.gz"])[8:]
+    assert real.train_labels.tolist() == list(labels) and real.train_labels.dtype == torch.int64
+    with pytest.raises(data.DataError, match="0 labels for 0 images"):
+        data.check_labels(tmp_path, pixels[:0], pixels[:0], 10)
 
 
 def test_a_gzip_file_may_have_several_parts(tmp_path):
@@ -1112,39 +1028,11 @@ def test_a_gzip_file_may_have_several_parts(tmp_path):
         data.read(path, 1000)
 
 
-NO_FILES = {"folder": Path.mkdir, "pipe": os.mkfifo, "huge": lambda path: (path.touch(), os.truncate(path, 2**40))}
-PLACES = {
-    "mnist": "mnist/train-images-idx3-ubyte.gz",
-    "fashion-mnist": "fashion-mnist/train-images-idx3-ubyte",
-    "cifar10": "cifar-10-batches-bin/cifar-10-binary.tar.gz",
-    "svhn": "svhn/train_32x32.mat",
-}
-
-
-@pytest.mark.parametrize("name, place", PLACES.items(), ids=PLACES)
-@pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
-def test_what_is_no_file_is_not_read(tmp_path, name, place, make):
-    path = tmp_path / place
-    path.parent.mkdir()
-    make(path)
-    with pytest.raises(data.DataError, match=f"{path.name}: no file, or one of more than .* bytes"):
-        data.load(name, tmp_path)
-
-
-def test_fashion_mnist_is_read_like_mnist(mnist):
-    mnist.rename(mnist.parent / "fashion-mnist")
-    assert data.load("fashion-mnist", mnist.parent).train_images.shape == (30, 1, 32, 32)
-
-
-def records(n, label_bytes, seed=0):
-    rng = np.random.default_rng(seed)
-    labels, pixels = rng.integers(0, 10, (n, label_bytes), np.uint8), rng.integers(0, 256, (n, 3072), np.uint8)
-    return labels[:, -1], pixels, np.c_[labels, pixels].tobytes()
-
-
 def cifar_files(name):
-    known = data.CIFAR[name]
-    return {file: records(5, known.label_bytes, seed) for seed, file in enumerate(known.train + known.test)}
+    known, files = data.CIFAR[name], {}
+    for seed, file in enumerate(known.train + known.test):
+        files[file] = np.c_[random_bytes(seed, 10, 5, known.label_bytes), random_bytes(seed, 256, 5, 3072)].tobytes()
+    return files
 
 
 def tar_header(name, size, kind=tarfile.REGTYPE):
@@ -1163,77 +1051,19 @@ def tar(files, first=b"", last=b""):
 @pytest.mark.parametrize("packed", [False, True], ids=["files", "archive"])
 def test_cifar_files_are_read(tmp_path, name, packed, capsys):
     known, files = data.CIFAR[name], cifar_files(name)
-    folder = tmp_path / known.folder
-    folder.mkdir()
-    if packed:
-        hostile = {f"../../{known.folder}/{file}": content for file, (_, _, content) in files.items()}  # leads nowhere
-        others = tar_header(known.test[0], 3, tarfile.LNKTYPE)  # has no content, nor has a folder
-        others += tar_header("a comment", 700, tarfile.XHDTYPE) + tar_header(known.test[0], 512) + bytes(512)
-        others += tar_header("folder", 3, tarfile.DIRTYPE)
-        (folder / known.archive).write_bytes(gzip.compress(tar(hostile, first=others, last=others)))
-    else:
-        for file, (_, _, content) in files.items():
-            (folder / file).write_bytes(content)
+    hostile = {f"../../{known.folder}/{file}": content for file, content in files.items()}  # leads nowhere
+    others = tar_header(known.test[0], 3, tarfile.LNKTYPE)  # has no content, nor has a folder
+    others += tar_header("a comment", 700, tarfile.XHDTYPE) + tar_header(known.test[0], 512) + bytes(512)
+    others += tar_header("folder", 3, tarfile.DIRTYPE)
+    archive = {known.archive: gzip.compress(tar(hostile, first=others, last=others))}
+    write_files(tmp_path / known.folder, archive if packed else files)
     real = data.load(name, tmp_path)
-    labels, pixels = (np.concatenate([files[file][i] for file in known.train]) for i in (0, 1))
-    assert real.train_labels.tolist() == labels.tolist()
-    assert np.array_equal(real.train_images.numpy(), pixels.reshape(-1, 3, 32, 32))
-    assert real.test_labels.tolist() == files[known.test[0]][0].tolist()
-    assert len(list(folder.iterdir())) == (1 if packed else len(files))
+    for images, labels, names in ((*real[:2], known.train), (*real[2:], known.test)):
+        records = np.frombuffer(b"".join(files[file] for file in names), np.uint8).reshape(5 * len(names), -1)
+        assert labels.tolist() == records[:, known.label_bytes - 1].tolist()
+        assert np.array_equal(images.numpy(), records[:, known.label_bytes :].reshape(-1, 3, 32, 32))
+    assert len(list((tmp_path / known.folder).iterdir())) == (1 if packed else len(files))
     assert ("not the published file" in capsys.readouterr().out) == packed
-
-
-def test_the_published_file_gets_no_note(tmp_path, capsys):
-    (tmp_path / "file").write_bytes(b"abc")
-    data.compare_with_published(tmp_path / "file", hashlib.sha256(b"abc").hexdigest())
-    assert capsys.readouterr().out == ""
-
-
-CIFAR_DAMAGE = {
-    "truncated": (lambda b: b[:-1], "15364 bytes, expected a multiple of 3073"),
-    "empty": (lambda b: b"", "0 bytes"),
-    "too long": (lambda b: b * 2001, "no file, or one of more than 30730000 bytes"),
-    "label out of range": (lambda b: b[:3073] + b"\x0a" + b[3074:], "label 10 at byte 3073, expected 0 to 9"),
-}
-
-
-@pytest.mark.parametrize("damage, message", CIFAR_DAMAGE.values(), ids=CIFAR_DAMAGE)
-def test_damaged_cifar_files_are_refused(tmp_path, damage, message):
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    for file, (_, _, content) in cifar_files("cifar10").items():
-        (folder / file).write_bytes(damage(content) if file == "test_batch.bin" else content)
-    with pytest.raises(data.DataError, match=f"test_batch.bin: {message}"):
-        data.load("cifar10", tmp_path)
-
-
-CIFAR_FILES = {file: content for file, (_, _, content) in cifar_files("cifar10").items()}
-HUGE = dict(regular=tarfile.REGTYPE, name=tarfile.GNUTYPE_LONGNAME, link=tarfile.GNUTYPE_LONGLINK, pax=tarfile.XHDTYPE)
-CIFAR_ARCHIVES = {  # what is compressed, and the message
-    "truncated": (tar(CIFAR_FILES)[:-9999], "header at byte 81920"),
-    "empty": (bytes(1024), "no data_batch_1.bin"),
-    "an empty file": (tar({**CIFAR_FILES, "test_batch.bin": b""}), "test_batch.bin: 0 bytes"),
-    "too long a file": (tar({**CIFAR_FILES, "test_batch.bin": bytes(30_733_073)}), "a multiple of 3073 up to 30730000"),
-    "backwards": (tar(CIFAR_FILES, tar_header("a", 0), tar_header("b", -512)), "header at byte 98816"),
-    "backwards in octal": (tar_header("a", 0).replace(b"00000000000", b"-0000001000", 1), "header at byte 0"),
-    **{f"{key}, 2^40 bytes": (tar(CIFAR_FILES, tar_header("a", 2**40, kind)), "byte 0") for key, kind in HUGE.items()},
-    "2^63 bytes": (tar(CIFAR_FILES, tar_header("a", 2**63)), "header at byte 0"),
-}
-CIFAR_ARCHIVES = {key: (gzip.compress(content, 1), message) for key, (content, message) in CIFAR_ARCHIVES.items()} | {
-    "no archive": (b"<html>", "damaged or truncated compressed file"),
-    "truncated gzip": (gzip.compress(tar(CIFAR_FILES))[:-1], "damaged or truncated compressed file .it ends early"),
-    "wrong checksum": (gzip.compress(tar(CIFAR_FILES))[:-8] + bytes(8), "incorrect data check"),
-}
-
-
-@pytest.mark.parametrize("content, message", CIFAR_ARCHIVES.values(), ids=CIFAR_ARCHIVES)
-def test_damaged_cifar_archives_are_refused(tmp_path, content, message):
-    archive = tmp_path / "cifar-10-batches-bin" / "cifar-10-binary.tar.gz"
-    archive.parent.mkdir()
-    archive.write_bytes(content)
-    with pytest.raises(data.DataError, match=message) as error:
-        data.load("cifar10", tmp_path)
-    assert str(archive.parent) in str(error.value) and "\n" not in str(error.value)
 
 
 def mat_element(order, kind, content, short=False):
@@ -1266,18 +1096,16 @@ def svhn_file(order="<", compressed=True, n=7, labels=None, more=b"", X_flags=9,
 @pytest.mark.parametrize("order", "<>", ids=["little-endian", "big-endian"])
 @pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
 def test_svhn_files_are_read(tmp_path, order, compressed, capsys):
-    (tmp_path / "svhn").mkdir()
     other = mat_element(order, 14, mat_element(order, 6, bytes(8)))  # without values
     for flags in (5, 1, 0x806, 99):  # sparse, a cell array, complex, unknown
         other += mat_matrix(order, "Z", np.zeros((9, 9)), 9, compressed, flags)
     other += mat_matrix(order, "X", np.zeros((9, 9)), 9, compressed)  # the first X counts
     made = {file: svhn_file(order, compressed, n, more=other) for file, n in zip(data.SVHN_FILES, (9, 4))}
-    for file, (_, _, content) in made.items():
-        (tmp_path / "svhn" / file).write_bytes(content)
+    write_files(tmp_path / "svhn", {file: content for file, (_, _, content) in made.items()})
     real = data.load("svhn", tmp_path)
     X, y, _ = made["test_32x32.mat"]
-    assert real.train_images.shape == (9, 3, 32, 32) and real.test_images.shape == (4, 3, 32, 32)
-    assert all(np.array_equal(real.test_images[i, c], X[:, :, c, i]) for i in range(4) for c in range(3))
+    assert real.train_images.shape == (9, 3, 32, 32)
+    assert np.array_equal(real.test_images.numpy(), X.transpose(3, 2, 0, 1))
     assert real.test_labels.tolist() == [0 if v == 10 else v for v in y.flatten()]
     assert capsys.readouterr().out.count("not the published file") == 2
 
@@ -1305,113 +1133,196 @@ def repacked(n):
     return content[:128] + struct.pack("<II", 15, len(packed)) + packed
 
 
-SVHN_DAMAGE = {
-    "no MATLAB file": (b"<html>", "expected 494d or 4d49"),
-    "MATLAB 7.3": (b"MATLAB 7.3 MAT-file, Platform".ljust(126) + b"IM" + bytes(400), "save it with -v6 or -v7"),
-    "HDF5": (svhn_file()[2][:512] + b"\x89HDF\r\n\x1a\n", "save it with -v6 or -v7"),
-    "truncated": (svhn_file()[2][:-30], "ends at byte"),
-    "damaged": (svhn_file()[2][:300] + bytes(8) + svhn_file()[2][308:], "damaged or truncated compressed file"),
-    "label out of range": (svhn_file(labels=[1, 2, 3, 4, 5, 6, 11])[2], "labels from 1 to 11, expected 1 to 10"),
-    "labels that are no numbers": (svhn_file(labels=[1, 2, 3, np.nan, 5, 6, 7])[2], "labels from nan"),
-    "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
-    "no labels": (svhn_file(labels=[])[2], "y is float64 .0, 1. in 0 bytes, expected"),
-    "no X": (svhn_file()[2][:128], "no X in it"),
-    "too many elements": (svhn_file()[2][:128] + bytes(8000) + svhn_file()[2][128:], "no X in it"),
-    "no y": (svhn_file(compressed=False)[2][: 192 + 7 * 3072], "no y in it"),
-    "X of other numbers": (plain([2, 7 * 3072], [3, 7 * 3072]), "X is int16"),
-    "X of no numbers": (plain([2, 7 * 3072], [99, 7 * 3072]), "X is void8"),
-    "y of no numbers": (plain([9, 56], [14, 7]), "y is void8"),
-    "X sparse": (svhn_file(X_flags=5)[2], "X is sparse, expected X uint8"),
-    "X a cell array": (svhn_file(X_flags=1)[2], "X is a cell array, expected"),
-    "y complex": (svhn_file(y_flags=0x806)[2], "y is complex, expected"),
-    "y text": (svhn_file(y_flags=4)[2], "y is text, expected"),
-    "shape and values differ": (plain(7, 6), "X is uint8 .32, 32, 3, 6. in 21504 bytes"),
-    "half a value": (plain([9, 56], [9, 55]), "in 55 bytes"),
-    "fewer images than said": (repacked(90_000), "X ends early or late"),
-    "more images than said": (repacked(6), "X ends early or late"),
-    "too many images": (repacked(100_001), "N at most 100000"),
-    "-1 images": (repacked(-1), "N at most 100000"),
+CIFAR = cifar_files("cifar10")
+ARCHIVE = data.CIFAR["cifar10"].archive
+SVHN = svhn_file()[2]
+FILES = {  # kind: a data set, its files, the one that is damaged
+    "IDX": ("mnist", MNIST, "t10k-images-idx3-ubyte"),
+    "IDX.gz": ("mnist", MNIST, "t10k-labels-idx1-ubyte.gz"),
+    "CIFAR": ("cifar10", CIFAR, "test_batch.bin"),
+    "CIFAR archive": ("cifar10", {ARCHIVE: gzip.compress(tar(CIFAR), 1)}, ARCHIVE),
+    "MATLAB": ("svhn", dict.fromkeys(data.SVHN_FILES, SVHN), "test_32x32.mat"),
+    "MATLAB plain": ("svhn", dict.fromkeys(data.SVHN_FILES, svhn_file(compressed=False)[2]), "test_32x32.mat"),
 }
+DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the message)}
+    "IDX": {
+        "far too large": (lambda b: b[:4] + b"\xff" * 12, "bytes, expected 79228162458924105385300197391"),
+        "wrong magic": (lambda b: b"\0\0\x0d" + b[3:], "expected 00000803"),
+        "labels for images": (idx(np.zeros(20, np.uint8)), "expected 00000803"),
+        "truncated": (lambda b: b[:-1], "bytes, expected"),
+        "too long": (lambda b: b + b"x", "bytes, expected"),
+        "half a header": (lambda b: b[:7], "bytes, expected"),
+        "empty": (b"", "nothing"),
+        "other size": (idx(np.zeros((20, 14, 14), np.uint8)), "28 x 28"),
+        "other length": (idx(np.zeros((19, 28, 28), np.uint8)), "20 labels for 19 images"),
+        "no images": (idx(np.zeros((0, 28, 28), np.uint8)), "20 labels for 0 images"),
+    },
+    "IDX.gz": {
+        "truncated": (lambda b: b[:-9], "truncated compressed file .it ends early"),
+        "no gzip": (b"<html>not found</html>", "incorrect header check"),
+        "damaged": (lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "truncated compressed file"),
+        "wrong checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], "incorrect data check"),
+        "more behind it": (lambda b: b + b"more", "incorrect header check"),
+        "too many streams": (lambda b: gzip.compress(b"") * 10_001, "10,000 streams"),
+        "far too long": (lambda b: gzip.compress(bytes(data.IDX_LIMIT + 1), 1), "holds more than 48088576 bytes"),
+        "label out of range": (gzip.compress(idx(np.full(20, 10, np.uint8))), "label 10"),
+    },
+    "CIFAR": {
+        "truncated": (lambda b: b[:-1], "15364 bytes, expected a multiple of 3073"),
+        "empty": (b"", "0 bytes"),
+        "too long": (lambda b: b * 2001, "no file, or one of more than 30730000 bytes"),
+        "label out of range": (lambda b: b[:3073] + b"\x0a" + b[3074:], "label 10 at byte 3073, expected 0 to 9"),
+    },
+    "CIFAR archive": {
+        **{name: (gzip.compress(content, 1), message) for name, content, message in [
+            ("truncated", tar(CIFAR)[:-9999], "header at byte 81920"),
+            ("empty", bytes(1024), "no data_batch_1.bin"),
+            ("an empty file", tar({**CIFAR, "test_batch.bin": b""}), "test_batch.bin: 0 bytes"),
+            ("too long a file", tar({**CIFAR, "test_batch.bin": bytes(30_733_073)}), "3073 up to 30730000"),
+            ("backwards", tar(CIFAR, tar_header("a", 0), tar_header("b", -512)), "header at byte 98816"),
+            ("backwards in octal", tar_header("a", 0).replace(b"00000000000", b"-0000001000", 1), "header at byte 0"),
+            ("2^63 bytes", tar(CIFAR, tar_header("a", 2**63)), "header at byte 0"),
+            *((f"2^40 bytes of type {kind}", tar(CIFAR, tar_header("a", 2**40, kind)), "header at byte 0")
+              for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)),
+        ]},
+        "no archive": (b"<html>", "damaged or truncated compressed file"),
+        "truncated gzip": (lambda b: b[:-1], "damaged or truncated compressed file .it ends early"),
+        "wrong checksum": (lambda b: b[:-8] + bytes(8), "incorrect data check"),
+    },
+    "MATLAB": {
+        "no MATLAB file": (b"<html>", "expected 494d or 4d49"),
+        "MATLAB 7.3": (b"MATLAB 7.3 MAT-file, Platform".ljust(126) + b"IM" + bytes(400), "save it with -v6 or -v7"),
+        "HDF5": (lambda b: b[:512] + b"\x89HDF\r\n\x1a\n", "save it with -v6 or -v7"),
+        "truncated": (lambda b: b[:-30], "ends at byte"),
+        "damaged": (lambda b: b[:300] + bytes(8) + b[308:], "damaged or truncated compressed file"),
+        "label out of range": (svhn_file(labels=[1, 2, 3, 4, 5, 6, 11])[2], "labels from 1 to 11, expected 1 to 10"),
+        "labels that are no numbers": (svhn_file(labels=[1, 2, 3, np.nan, 5, 6, 7])[2], "labels from nan"),
+        "other length": (svhn_file(labels=[1, 2])[2], "2 labels for 7 images"),
+        "no labels": (svhn_file(labels=[])[2], "y is float64 .0, 1. in 0 bytes, expected"),
+        "no X": (lambda b: b[:128], "no X in it"),
+        "too many elements": (lambda b: b[:128] + bytes(8000) + b[128:], "no X in it"),
+        "X sparse": (svhn_file(X_flags=5)[2], "X is sparse, expected X uint8"),
+        "X a cell array": (svhn_file(X_flags=1)[2], "X is a cell array, expected"),
+        "y complex": (svhn_file(y_flags=0x806)[2], "y is complex, expected"),
+        "y text": (svhn_file(y_flags=4)[2], "y is text, expected"),
+        "fewer images than said": (repacked(90_000), "X ends early or late"),
+        "more images than said": (repacked(6), "X ends early or late"),
+        "too many images": (repacked(100_001), "N at most 100000"),
+        "-1 images": (repacked(-1), "N at most 100000"),
+    },
+    "MATLAB plain": {
+        "no y": (lambda b: b[: 192 + 7 * 3072], "no y in it"),
+        "X of other numbers": (plain([2, 7 * 3072], [3, 7 * 3072]), "X is int16"),
+        "X of no numbers": (plain([2, 7 * 3072], [99, 7 * 3072]), "X is void8"),
+        "y of no numbers": (plain([9, 56], [14, 7]), "y is void8"),
+        "shape and values differ": (plain(7, 6), "X is uint8 .32, 32, 3, 6. in 21504 bytes"),
+        "half a value": (plain([9, 56], [9, 55]), "in 55 bytes"),
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("content, message", SVHN_DAMAGE.values(), ids=SVHN_DAMAGE)
-def test_damaged_svhn_files_are_refused(tmp_path, content, message):
-    (tmp_path / "svhn").mkdir()
-    (tmp_path / "svhn" / "train_32x32.mat").write_bytes(content)
-    with pytest.raises(data.DataError, match=f"train_32x32.mat: .*{message}"):
-        data.load("svhn", tmp_path)
+def laid_out(kind, tmp_path):
+    """Write the files of a data set -> its name, the path of the file that will be damaged."""
+    name, files, damaged = FILES[kind]
+    folder = tmp_path / (data.CIFAR[name].folder if name in data.CIFAR else name)
+    write_files(folder, files)
+    return name, folder / damaged
 
 
-def mutated(content, rng):
-    """One to three changes: a bit, a byte, a number, bytes put in, doubled or cut out, the end cut off."""
+@pytest.mark.parametrize("kind, wrong", [(kind, wrong) for kind, cases in DAMAGE.items() for wrong in cases])
+def test_damaged_files_are_refused(tmp_path, kind, wrong):
+    name, path = laid_out(kind, tmp_path)
+    damage, message = DAMAGE[kind][wrong]
+    path.write_bytes(damage(path.read_bytes()) if callable(damage) else damage)
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load(name, tmp_path)
+    place = path.parent if kind == "CIFAR archive" else path.with_name(path.name.split("-")[0])  # images or labels
+    assert str(error.value).startswith(str(place)) and "\n" not in str(error.value)
+
+
+NO_FILES = {"folder": Path.mkdir, "pipe": os.mkfifo, "huge": lambda path: (path.touch(), os.truncate(path, 2**40))}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_is_not_read(tmp_path, kind, make):
+    name, path = laid_out(kind, tmp_path)
+    path.unlink()
+    make(path)
+    with pytest.raises(data.DataError, match=f"{path.name}: no file, or one of more than .* bytes"):
+        data.load(name, tmp_path)
+
+
+CHANGES = [struct.pack(order + "i", n) for order in "<>" for n in (-1, 0, 7, 2**16, 2**24, 2**30)]
+CHANGES += b'nan inf -inf -1 1e999 1e308 9223372036854775808 " \0 \xff , \n [ ] { } null true [[[[[[[['.split(b" ")
+
+
+def garbled(content, rng):
+    """One to three changes, a third of them in the first 200 bytes."""
     for _ in range(rng.integers(1, 4)):
-        at, length = rng.integers(rng.choice([200, len(content) + 1])), rng.integers(1, 600)
-        front, some, rest = content[:at], content[at : at + length], content[at:]
-        number = struct.pack(rng.choice(["<i", ">i"]), rng.choice([-1, 0, 7, 2**16, 2**24, 2**30]))
-        flipped = bytes(byte ^ 1 << rng.integers(8) for byte in rest[:1])
-        longer, shorter = (rng.bytes(length) + rest, some + rest), (rest[length:], b"")
-        new = (flipped + rest[1:], rng.bytes(1) + rest[1:], number + rest[4:], *longer, *shorter)
-        content = front + new[rng.integers(len(new))]
+        at = rng.integers(rng.choice([min(200, len(content)), len(content), len(content)]) + 1)
+        length = rng.integers(1, rng.choice([10, 600]))
+        front, some, rest = content[:at], content[at : at + length], content[at + length :]
+        flipped = bytes(byte ^ 1 << rng.integers(8) for byte in some[:1]) + some[1:]
+        noise, word = rng.bytes(length), CHANGES[rng.integers(len(CHANGES))]
+        put_in = (noise + some, word + some, some + some)
+        in_place = (flipped, noise, word, word + some[len(word) :], b"")
+        end_is_cut_off = rng.random() < 0.1
+        content = front if end_is_cut_off else front + (*put_in, *in_place)[rng.integers(8)] + rest
     return content
 
 
-def inside(mutate, content):
-    """Mutate what is compressed: a gzip file, or the first element of a MATLAB file, at byte 128."""
+def refusals(count, attempt, errors, named):
+    """The share of attempts that end in one of the errors, with one line that names the file."""
+    refused, rng, count = 0, np.random.default_rng(0), count * int(os.environ.get("DFKD_FUZZ", 1))
+    for _ in range(count):
+        try:
+            attempt(rng)
+        except errors as error:
+            refused += 1
+            assert "\n" not in str(error) and str(named) in str(error)
+    return refused / count
+
+
+def inside(change, content):
+    """Change what is compressed: a gzip file, or the first element of a MATLAB file, at byte 128."""
     if content[:2] == b"\x1f\x8b":
-        return gzip.compress(mutate(gzip.decompress(content)), 1)
+        return gzip.compress(change(gzip.decompress(content)), 1)
     (size,) = struct.unpack_from("<I", content, 132)
-    packed = zlib.compress(mutate(zlib.decompress(content[136 : 136 + size])), 1)
+    packed = zlib.compress(change(zlib.decompress(content[136 : 136 + size])), 1)
     return content[:128] + struct.pack("<II", 15, len(packed)) + packed + content[136 + size :]
 
 
-SMALL_IDX = {f"{stem}-{kind}-ubyte": idx(np.zeros((9, 28, 28)[: 3 if "3" in kind else 1], np.uint8))
-             for stem in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")}  # fmt: skip
-ARCHIVE = data.CIFAR["cifar10"].archive
-FUZZED = {  # a data set, its files, and the one that is damaged
-    "IDX": ("mnist", SMALL_IDX, "train-images-idx3-ubyte"),
-    "IDX.gz": ("mnist", {f"{file}.gz": gzip.compress(content) for file, content in SMALL_IDX.items()}, LABELS),
-    "CIFAR": ("cifar10", CIFAR_FILES, "test_batch.bin"),
-    "CIFAR archive": ("cifar10", {ARCHIVE: gzip.compress(tar(CIFAR_FILES), 1)}, ARCHIVE),
-    "MATLAB plain": ("svhn", {file: svhn_file(compressed=False, n=3)[2] for file in data.SVHN_FILES}, "test_32x32.mat"),
-    "MATLAB compressed": ("svhn", {file: svhn_file(n=3)[2] for file in data.SVHN_FILES}, "test_32x32.mat"),
-}
+@pytest.mark.parametrize("kind", FILES)
+def test_a_damaged_file_is_read_or_refused(tmp_path, kind):
+    """Data or a DataError of one line, whatever the damage; what is compressed is damaged outside or inside."""
+    name, path = laid_out(kind, tmp_path)
+    content = path.read_bytes()
+
+    def attempt(rng):
+        within = kind in ("IDX.gz", "CIFAR archive", "MATLAB") and rng.random() < 2 / 3
+        path.write_bytes(inside(lambda b: garbled(b, rng), content) if within else garbled(content, rng))
+        assert len(data.load(name, tmp_path).test_labels)
+
+    assert 1 / 6 < refusals(60, attempt, data.DataError, path.parent) < 1
 
 
-@pytest.mark.parametrize("name, files, damaged", FUZZED.values(), ids=FUZZED)
-def test_a_damaged_file_is_read_or_refused(tmp_path, name, files, damaged):
-    """Data or a DataError of one line, whatever the damage; what is compressed is damaged outside and inside."""
-    folder, rng = tmp_path / (data.CIFAR[name].folder if name in data.CIFAR else name), np.random.default_rng(0)
-    folder.mkdir()
-    for file, content in files.items():
-        (folder / file).write_bytes(content)
-    data.load(name, tmp_path)
-    refused = 0
-    for i in range(60):
-        content = files[damaged]
-        packed = "gz" in damaged or content[128:129] == b"\x0f"
-        content = inside(lambda b: mutated(b, rng), content) if packed and i % 2 else mutated(content, rng)
-        (folder / damaged).write_bytes(content)
-        try:
-            assert len(data.load(name, tmp_path).test_labels)
-        except data.DataError as error:
-            refused += 1
-            assert "\n" not in str(error) and str(folder) in str(error)
-    assert 10 < refused < 60
-
-
-def test_downloads_are_checked_and_whole(tmp_path):
+def test_downloads_are_checked_and_whole(tmp_path, capsys):
     content = idx(np.arange(5, dtype=np.uint8))
     whole = gzip.compress(content)
     right = hashlib.sha256(whole).hexdigest()
-    for name, served in (("bad", gzip.compress(b"other")), ("cut", whole[:-5]), ("good", whole)):
-        (tmp_path / name).write_bytes(served)
-    bad, cut, good = ((tmp_path / name).as_uri() for name in ("bad", "cut", "good"))
+    served = tmp_path / "served"
+    write_files(served, {"bad": gzip.compress(b"other"), "cut": whole[:-5], "good": whole})
+    bad, cut, good, nowhere = ((served / name).as_uri() for name in ("bad", "cut", "good", "nowhere"))
     path = tmp_path / "new" / "labels.gz"
     with pytest.raises(data.DataError, match="wrong checksum.*--data-dir"):
-        data.download(path, [bad, cut, (tmp_path / "nowhere").as_uri()], right)
+        data.download(path, [bad, cut, nowhere], right)
     assert list(path.parent.iterdir()) == []
     data.download(path, [bad, cut, good], right)
     assert data.read(path, 100) == content and list(path.parent.iterdir()) == [path]
+    capsys.readouterr()
+    data.compare_with_published(path, right)
+    assert capsys.readouterr().out == ""
 
 
 def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
@@ -1439,28 +1350,20 @@ def test_part_files_of_dead_processes_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == kept | {"a[1]"}
 
 
-def test_the_folder_is_synced_where_the_system_can(tmp_path, monkeypatch):
-    synced = []
+def test_a_write_is_synced_and_a_failed_one_leaves_the_earlier_file(tmp_path, monkeypatch):
+    synced, path = [], tmp_path / "file"
+    errors = {2: OSError(22, "Invalid argument"), 3: OSError(28, "No space left on device")}
 
     def fsync(descriptor):
         synced.append(os.fstat(descriptor).st_ino)
-        if len(synced) == 2:
-            raise OSError(22, "Invalid argument")
+        if len(synced) in errors:
+            raise errors[len(synced)]
 
     monkeypatch.setattr(os, "fsync", fsync)
-    data.write(tmp_path / "file", b"whole")
-    assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
-
-
-def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
-    data.write(tmp_path / "file", b"earlier")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    data.write(path, b"earlier")
+    assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]  # not every system can sync a folder: no error
     with pytest.raises(OSError, match="No space left on device: '.*file'"):
-        data.write(tmp_path / "file", b"later")
+        data.write(path, b"later")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"earlier")]
 
 
@@ -1491,10 +1394,8 @@ def test_png_holds_the_images():
     assert (lines[:, 0] == 0).all()
     grid = torch.from_numpy(lines[:, 1:].copy()).view(2, 2, 2, 5, 3).permute(0, 2, 4, 1, 3)  # (row, column, C, H, W)
     assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
-
-
-def test_a_png_of_few_images_has_one_row():
-    assert data.png(torch.rand(3, 1, 2, 5))[16:24] == struct.pack(">II", 15, 2)  # width, height
+    width_and_height = data.png(x[:3])[16:24]  # few images have one row
+    assert width_and_height == struct.pack(">II", 15, 2)
 
 
 def test_curves_share_colours_and_labels():
@@ -1559,7 +1460,7 @@ def small(flags):
 @pytest.fixture
 def command(teacher_dir, tmp_path):
     """command(out, flags) runs it with evaluations -> its exit code."""
-    return lambda out, flags="": dfkd.main(small(f"{flags} --teacher-dir {teacher_dir} --out {tmp_path / out}"))
+    return lambda out, flags="": dfkd.main(small(f"--teacher-dir {teacher_dir} --out {tmp_path / out} {flags}"))
 
 
 @pytest.fixture(scope="session")
@@ -1571,6 +1472,18 @@ def blind(teacher_file):
 def one_line(text):
     assert text.startswith("dfkd.py: ") and text.count("\n") == 1 and "Traceback" not in text
     return text
+
+
+@pytest.fixture
+def refused(blind, capsys):
+    """refused(folder, flags) runs it without evaluations; it must end with an error -> its one line."""
+
+    def run(folder, flags=""):
+        capsys.readouterr()
+        assert blind(folder, flags) == 1
+        return one_line(capsys.readouterr().err)
+
+    return run
 
 
 def result_of(folder):
@@ -1623,17 +1536,14 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert outcome(out)[2] != outcome(tmp_path / "c")[2]
 
 
-def test_an_earlier_run_is_neither_mixed_nor_lost(blind, tmp_path, capsys):
+def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path, capsys):
     assert blind(tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert blind(tmp_path, "--seed 1") == 1
-    refused = one_line(capsys.readouterr().err)
-    assert "--resume" in refused and "--out" in refused
+    assert re.search("--resume .*--out", refused(tmp_path, "--seed 1"))
     torch.save({}, tmp_path.parent / "other.pt")
-    assert blind(tmp_path, f"--resume --teacher {tmp_path.parent / 'other.pt'}") == 1  # a run that cannot begin
+    refused(tmp_path, f"--resume --teacher {tmp_path.parent / 'other.pt'}")  # a run that cannot begin
     with data.claimed(tmp_path, dfkd.FILES, resume=True):
-        assert blind(tmp_path, "--resume") == 1
-        assert "another run" in capsys.readouterr().err.splitlines()[-1]
+        assert "another run" in refused(tmp_path, "--resume")
     assert blind(tmp_path, "--resume") == 0
     for path, content in before.items():
         assert path.name == "result.json" or path.read_bytes() == content  # that has the seconds in it
@@ -1718,18 +1628,17 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
     "--method rdskd --replay bank", "--method pre", "--method kd", "--method zskd", "--method soft-target",
     "--method deepinversion --teacher-arch wrn-10-1 --student-arch wrn-10-1", "--method pre --teacher-arch alexnet",
 ])  # fmt: skip
-def test_on_a_gpu(tmp_path, monkeypatch, flags, capsys):
+def test_on_a_gpu(tmp_path, flags, capsys):
     """It trains a teacher, repeats itself and goes on after Ctrl-C; LRN and grid_sample have no fixed order there."""
 
     def run(out):
         teacher = f"--teacher-epochs 1 --teacher-dir {tmp_path / 'teachers'}"
         return dfkd.main(small(f"{flags} {teacher} --device cuda --precision auto --out {tmp_path / out} --resume"))
 
-    calls = count_backward(monkeypatch)
     assert run("first") == 0 and "of the GPU's" in capsys.readouterr().out
-    del calls[:]
-    assert run("a") == 0
-    with interrupted(monkeypatch, len(calls) // 2):
+    with backward_passes() as calls:
+        assert run("a") == 0
+    with backward_passes(until=len(calls) // 2):
         assert run("b") == 130
     assert run("b") == 0
     a, b = (torch.load(tmp_path / out / "student.pt", weights_only=True) for out in "ab")
@@ -1740,26 +1649,20 @@ def test_on_a_gpu(tmp_path, monkeypatch, flags, capsys):
 # ---------------------------------------------------------------- runs that are interrupted
 
 
-def count_backward(patch):
-    """A list that grows by one with each backward pass: what every step of every network and image begins with."""
-    calls, backward = [], torch.Tensor.backward
-    patch.setattr(torch.Tensor, "backward", lambda *args, **more: calls.append(1) or backward(*args, **more))
-    return calls
-
-
 @contextlib.contextmanager
-def interrupted(monkeypatch, after):
-    """Ctrl-C at the backward pass that comes after so many."""
-    backward, left = torch.Tensor.backward, iter(range(after))
+def backward_passes(until=None):
+    """Count the backward passes, with which every step of a network or an image begins; Ctrl-C after so many."""
+    calls, backward = [], torch.Tensor.backward
 
-    def interrupt(*args, **more):
-        if next(left, None) is None:
+    def counted(*args, **more):
+        if len(calls) == until:
             raise KeyboardInterrupt
+        calls.append(1)
         backward(*args, **more)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", interrupt)
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", counted)
+        yield calls
 
 
 @pytest.fixture(scope="session")
@@ -1769,8 +1672,7 @@ def whole(blind, tmp_path_factory):
     @functools.cache
     def run(flags):
         folder = tmp_path_factory.mktemp("whole")
-        with pytest.MonkeyPatch.context() as patch:
-            calls = count_backward(patch)
+        with backward_passes() as calls:
             assert blind(folder, flags) == 0
         return folder, len(calls)
 
@@ -1791,23 +1693,22 @@ INTERRUPTED = {  # flags; the shares of the whole after which it is interrupted
 
 
 @pytest.mark.parametrize("name, share", [(name, v) for name, (_, shares) in INTERRUPTED.items() for v in shares])
-def test_resume_equals_uninterrupted(blind, whole, tmp_path, monkeypatch, name, share, capsys):
+def test_resume_equals_uninterrupted(blind, whole, tmp_path, name, share, capsys):
     flags = INTERRUPTED[name][0]
     folder, calls = whole(flags)
     capsys.readouterr()
-    with interrupted(monkeypatch, int(share * calls)):
+    with backward_passes(until=int(share * calls)):
         assert blind(tmp_path, flags) == 130
     assert not (tmp_path / "result.json").exists()
     assert ("--resume" in one_line(capsys.readouterr().err)) == (tmp_path / "checkpoint.pt").exists() == (share > 0.1)
-    assert blind(tmp_path, f"{flags} --resume") == 0
-    assert_same(folder, tmp_path)
-    assert blind(tmp_path, f"{flags} --resume") == 0  # a finished run has nothing left to do
-    assert_same(folder, tmp_path)
+    for _ in range(2):  # the second time, a finished run has nothing left to do
+        assert blind(tmp_path, f"{flags} --resume") == 0
+        assert_same(folder, tmp_path)
 
 
-def test_a_stopped_run_keeps_its_evaluations(command, tmp_path, monkeypatch):
+def test_a_stopped_run_keeps_its_evaluations(command, tmp_path):
     assert command("whole") == 0
-    with interrupted(monkeypatch, 6 + 9):
+    with backward_passes(until=6 + 9):
         assert command("parts") == 130
     assert command("parts", "--resume") == 0
     assert_same(tmp_path / "whole", tmp_path / "parts")
@@ -1844,19 +1745,18 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
         assert run.returncode == 130 and "stopped" in one_line(error)
 
 
-def test_a_stopped_teacher_goes_on(tmp_path, monkeypatch, glyphs_are_drawn_once):
+def test_a_stopped_teacher_goes_on(tmp_path, glyphs_are_drawn_once):
     real = data.Data(*(v[:300] for v in glyphs_are_drawn_once))
 
     def train(folder):
         return models.trained(tmp_path / folder, "glyphs", "wrn-10-1", real, GLYPHS, 3, 0, "fp32", lambda *line: None)
 
     whole = train("whole").state_dict()
-    with interrupted(monkeypatch, 4), pytest.raises(KeyboardInterrupt):  # 2 steps an epoch
+    with backward_passes(until=4), pytest.raises(KeyboardInterrupt):  # 2 steps an epoch
         train("parts")
     (half,) = (tmp_path / "parts").iterdir()
     assert half.suffix == ".training"
-    with monkeypatch.context() as patch:
-        calls = count_backward(patch)
+    with backward_passes() as calls:
         again = train("parts").state_dict()
     assert len(calls) == 2 and all(torch.equal(whole[k], again[k]) for k in whole)  # epochs 1 and 2 were there
     (done,) = (tmp_path / "parts").iterdir()
@@ -1867,53 +1767,50 @@ def test_a_stopped_teacher_goes_on(tmp_path, monkeypatch, glyphs_are_drawn_once)
         train("parts")
 
 
+def one_beta(path):
+    """Adam's two betas become one, which torch would load."""
+    saved = torch.load(path, weights_only=True)
+    saved["parts"]["optimiser_S"]["param_groups"][0]["betas"] = (0.9,)
+    torch.save(saved, path)
+
+
 def altered(**changes):
     """A change of a checkpoint's content."""
     return lambda path: torch.save({**torch.load(path, weights_only=True), **changes}, path)
 
 
 CHECKPOINTS = {
-    "another version's": (lambda path: torch.save(dict(step=3, net={}), path), "not this version's"),
-    "a list": (lambda path: torch.save([1, 2], path), "not this version's"),
-    "a .training file": (lambda path: torch.save(dict(epochs=1, parts=[], random={}), path), "not this version's"),
-    "no parts": (altered(parts={}), "not this version's"),
-    "other parts": (altered(parts=dict(S=models.build("lenet5").state_dict())), "not this version's"),
-    "no random state": (altered(random=dict(cpu=torch.zeros(3))), "not this version's"),
-    "no settings": (altered(settings=None), "not this version's"),
-    "no figures": (altered(done={"student": "8"}), "not this version's"),
-    "no rows": (altered(rows=[3]), "not this version's"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not this version's"),
-    "text": (lambda path: path.write_text("no checkpoint"), "not this version's"),
+    "another version's": lambda path: torch.save(dict(step=3, net={}), path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "a .training file": lambda path: torch.save(dict(epochs=1, parts=[], random={}), path),
+    "no parts": altered(parts={}),
+    "other parts": altered(parts=dict(S=models.build("lenet5").state_dict())),
+    "a shorter list": one_beta,
+    "no random state": altered(random=dict(cpu=torch.zeros(3))),
+    "no settings": altered(settings=None),
+    "no figures": altered(done={"student": "8"}),
+    "no rows": altered(rows=[3]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "text": lambda path: path.write_text("no checkpoint"),
 }
 
 
-@pytest.mark.parametrize("damage, message", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_a_checkpoint_of_another_kind_is_refused(blind, whole, tmp_path, damage, message, capsys):
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes((whole("")[0] / "checkpoint.pt").read_bytes())
+@pytest.mark.parametrize("damage", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_of_another_kind_is_refused(refused, whole, tmp_path, damage):
+    checkpoint = Path(shutil.copy(whole("")[0] / "checkpoint.pt", tmp_path))
     damage(checkpoint)
     content = checkpoint.read_bytes()
-    capsys.readouterr()
-    assert blind(tmp_path, "--resume") == 1
-    assert message in one_line(capsys.readouterr().err)
+    assert "not this version's" in refused(tmp_path, "--resume")
     assert checkpoint.read_bytes() == content
 
 
-def test_resume_refuses_other_arguments(blind, tmp_path, teacher_file, capsys):
+def test_resume_refuses_other_arguments(blind, refused, teacher_file, tmp_path, monkeypatch):
     assert blind(tmp_path) == 0
-    state = torch.load(teacher_file, weights_only=True)
-    torch.save({k: v + 1 for k, v in state.items()}, tmp_path / "other.pt")
-    for flags, named in (("--student-lr 0.5", "--student-lr 0.01, now 0.5"),
-                         (f"--teacher {tmp_path / 'other.pt'}", "another teacher")):  # fmt: skip
-        assert blind(tmp_path, f"--resume {flags}") == 1
-        assert named in one_line(capsys.readouterr().err)
-
-
-def test_resume_refuses_other_arguments_before_a_teacher_is_trained(blind, command, tmp_path, capsys, monkeypatch):
-    assert blind(tmp_path / "out") == 0
-    monkeypatch.setattr(dfkd, "get_teacher", None)
-    assert command("out", "--resume --teacher-seed 1") == 1
-    assert "give the same" in one_line(capsys.readouterr().err)
+    torch.save({k: v + 1 for k, v in torch.load(teacher_file, weights_only=True).items()}, tmp_path / "other.pt")
+    assert "another teacher; give the same" in refused(tmp_path, f"--resume --teacher {tmp_path / 'other.pt'}")
+    monkeypatch.setattr(dfkd, "get_teacher", None)  # what the flags say is found before a teacher is trained
+    for flags, words in (("--student-lr 0.5", "--student-lr 0.01, now 0.5; "), ("--teacher-seed 1", "--teacher-seed")):
+        assert words in refused(tmp_path, f"--resume {flags}")
 
 
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
@@ -1923,14 +1820,13 @@ def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monke
     assert "began with commit one of this program, goes on with other" in capsys.readouterr().out
 
 
-def test_a_transfer_set_that_is_gone(blind, tmp_path, capsys):
+def test_a_transfer_set_that_is_gone(blind, refused, tmp_path):
     assert blind(tmp_path, "--method zskd") == 0
     (tmp_path / "transfer" / "0.pt").unlink()
-    assert blind(tmp_path, "--method zskd --resume") == 1
-    assert "0.pt: cannot be read (No such file" in one_line(capsys.readouterr().err)
+    assert "0.pt: cannot be read (No such file" in refused(tmp_path, "--method zskd --resume")
 
 
-NAN = [  # flags, the function that gives NaN, the terms that may be named, with their stage
+@pytest.mark.parametrize("flags, function, message", [  # the function that gives NaN, the terms that may be named
     ("", "diversity_seeking_loss", "(L_ds|L_G) became nan at generator"),
     (VAE, "vae_loss", "L_vae became nan at generator"),
     ("", "distillation_loss", "L_kd became nan at student"),
@@ -1939,11 +1835,8 @@ NAN = [  # flags, the function that gives NaN, the terms that may be named, with
     ("--method dafl --student-steps 2", "activation_loss", "(L_G|L_a) became nan at student"),
     (f"--method dafl --student-steps 2 {VAE}", "vae_loss", "(L_vae|L_kd) became nan at student"),
     ("--method zskd", "soft_target_loss", "L_x became nan at images"),
-]
-
-
-@pytest.mark.parametrize("flags, function, message", NAN)
-def test_nan_stops_the_run_and_names_the_term(blind, whole, tmp_path, monkeypatch, capsys, flags, function, message):
+])
+def test_nan_stops_the_run_and_names_the_term(blind, refused, whole, tmp_path, monkeypatch, flags, function, message):
     module = replay if hasattr(replay, function) else g
     calls, real = [], getattr(module, function)
 
@@ -1951,44 +1844,36 @@ def test_nan_stops_the_run_and_names_the_term(blind, whole, tmp_path, monkeypatc
         calls.append(1)
         return real(*args) * (math.nan if len(calls) > 4 else 1)
 
-    monkeypatch.setattr(module, function, broken)
-    assert blind(tmp_path, flags) == 1
-    stopped = one_line(capsys.readouterr().err)
-    assert re.search(rf"{message} step \d+.* lower learning rates; the last good checkpoint is kept", stopped)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, broken)
+        message = rf"{message} step \d+.* lower learning rates; the last good checkpoint is kept"
+        assert re.search(message, refused(tmp_path, flags))
     assert blind(tmp_path, f"{flags} --resume") == 0  # from the last good checkpoint
     assert_same(whole(flags)[0], tmp_path)
 
 
-def test_a_full_disk_keeps_what_was_written(blind, whole, tmp_path, capsys):
+def test_a_full_disk_keeps_what_was_written(blind, refused, whole, tmp_path):
     """A limit on file sizes makes the second stage's larger checkpoint fail as on a full disk."""
     folder, limits = whole("")[0], resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "checkpoint.pt").stat().st_size - 1000, limits[1]))
-    capsys.readouterr()
     try:
-        assert blind(tmp_path) == 1
+        assert "checkpoint.pt" in refused(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "checkpoint.pt" in one_line(capsys.readouterr().err)
     assert not list(tmp_path.glob("*.part"))
     assert blind(tmp_path, "--resume") == 0
     assert_same(folder, tmp_path)
 
 
-FIRST_IMAGES = """
-import zlib, torch, generators, models
-models.set_up_torch(2)
-torch.manual_seed(0)
-x = generators.Generator(20, 1, width=8)(torch.randn(256, 20)).detach()
-print(zlib.crc32(x.numpy().tobytes()), zlib.crc32(x.abs().exp().log().erf().sqrt().numpy().tobytes()))
-"""
-
-
 def test_the_first_images_of_many_processes_are_the_same():
-    command = [sys.executable, "-c", FIRST_IMAGES]
-    runs = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(6)]
-    printed = [run.communicate()[0].splitlines()[-1] for run in runs]
-    assert len(set(printed)) == 1
+    code = """if True:
+        import zlib, torch, generators, models
+        models.set_up_torch(2)
+        torch.manual_seed(0)
+        x = generators.Generator(20, 1, width=8)(torch.randn(256, 20)).detach()
+        print(zlib.crc32(x.numpy()), zlib.crc32(x.abs().exp().log().erf().sqrt().numpy()))"""
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE) for _ in range(4)]
+    assert len({run.communicate()[0].splitlines()[-1] for run in runs}) == 1
 
 
 def test_mkls_functions_are_first_called_on_one_thread(monkeypatch):
@@ -2026,9 +1911,10 @@ def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
     lines = ElementTree.parse(tmp_path / "curves.svg").findall("{*}polyline")
     assert [len(line.get("points").split()) for line in lines] == [4, 2]
     assert lines[0].get("stroke") == lines[1].get("stroke")  # two seeds: one name, one colour
-    (two_runs[1] / "metrics.csv").write_text("stage,step,accuracy\nstudent,1,\n")  # a run with --no-eval
-    capsys.readouterr()
-    assert dfkd.main(flags) == 1 and "not evaluated" in one_line(capsys.readouterr().err)
+    for row, words in {"40,": "not evaluated", "40,101": "damaged", "40,92,7": "damaged", "40": "damaged"}.items():
+        (two_runs[1] / "metrics.csv").write_text(f"step,accuracy\n{row}\n")
+        capsys.readouterr()
+        assert dfkd.main(flags) == 1 and words in one_line(capsys.readouterr().err), row
     assert dfkd.main(["--table", str(tmp_path)]) == 1 and "no finished run" in one_line(capsys.readouterr().err)
 
 
@@ -2037,37 +1923,6 @@ def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
     _, _, result, _, _, _, robustness = capsys.readouterr().out.splitlines()
     assert result == "| <a> | 99.00 | 96.00 ± 5.66 | 100.00, 92.00 | 1.5 | 29 |"
     assert robustness == "| <a> | 96.00 | 50.00 | 4.00 | 94.75 | 3.125 |"
-
-
-TOKENS = b'nan inf -inf -1 1e999 1e308 9223372036854775808 " \0 \xff , \n [ ] { } null true [[[[[[[['.split(b" ")
-
-
-def garbled(content, rng):
-    """A few changes of a file: a bit turned over, bytes cut out, put in or doubled, an end cut off."""
-    for _ in range(rng.integers(1, 4)):
-        i, j = sorted(rng.integers(0, len(content) + 1, 2).tolist())
-        short = content[i : i + rng.integers(1, 9)]
-        turned = bytes(byte ^ 1 << rng.integers(8) for byte in content[i : i + 1])
-        token = TOKENS[rng.integers(len(TOKENS))]
-        content = [
-            content[:i] + turned + content[i + 1 :], content[:i] + token + content[i:],
-            content[:i] + token + content[j:], content[:i] + content[i + len(short) :],
-            content[:i] + short + content[i:], content[:j] + content[i:],
-            content[:i] + rng.bytes(len(short)) + content[i + len(short) :], content[:i],
-        ][rng.integers(8)]  # fmt: skip
-    return content
-
-
-def refusals(count, attempt, errors, named):
-    """How many of `count` attempts end in one of the errors, with one line that names the file."""
-    refused, rng = 0, np.random.default_rng(0)
-    for _ in range(count * int(os.environ.get("DFKD_FUZZ", 1))):
-        try:
-            attempt(rng)
-        except errors as error:
-            refused += 1
-            assert "\n" not in str(error) and str(named) in str(error)
-    return refused
 
 
 def test_damaged_results_are_drawn_or_refused(two_runs):
@@ -2084,7 +1939,7 @@ def test_damaged_results_are_drawn_or_refused(two_runs):
         assert not re.search(r"\bnan\b|\binf\b", table + picture)
         ElementTree.fromstring(picture)
 
-    assert 100 < refusals(300, attempt, data.DataError, two_runs[0]) < 300 or "DFKD_FUZZ" in os.environ
+    assert 1 / 3 < refusals(300, attempt, data.DataError, two_runs[0]) < 1
 
 
 OTHERS = (
@@ -2130,14 +1985,12 @@ def test_a_damaged_teacher_is_loaded_or_refused(tmp_path):
         damage(path, content, tree, rng)
         assert models.load(path, "lenet5_half", GLYPHS, "cpu", "fp32")(torch.zeros(2, 1, 32, 32)).isfinite().all()
 
-    assert 30 < refusals(60, attempt, (data.DataError, models.NetworkError), path)
+    assert 1 / 2 < refusals(60, attempt, (data.DataError, models.NetworkError), path)
 
 
-def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "checkpoint.pt"
-    content = (whole("")[0] / "checkpoint.pt").read_bytes()
-    path.write_bytes(content)
-    tree = torch.load(path, weights_only=True)
+def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, capsys):
+    path = Path(shutil.copy(whole("")[0] / "checkpoint.pt", tmp_path))
+    content, tree = path.read_bytes(), torch.load(path, weights_only=True)
 
     def attempt(rng):
         damage(path, content, tree, rng)
@@ -2145,7 +1998,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, monk
         if blind(tmp_path, "--resume"):
             raise dfkd.RunError(one_line(capsys.readouterr().err).strip())
 
-    assert 15 < refusals(30, attempt, dfkd.RunError, tmp_path)
+    assert 1 / 2 < refusals(30, attempt, dfkd.RunError, tmp_path)
 
 
 # ---------------------------------------------------------------- bad input
@@ -2153,7 +2006,8 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, monk
 
 @pytest.mark.parametrize("flags, named", [
     ("--method magic", "magic"), ("--dataset imagenet", "imagenet"), ("--student-arch lenet6", "lenet6"),
-    ("--teacher-arch resnet50", "resnet50"), ("--batch 0", "--batch"), ("--batch 1", "--batch"),
+    ("--teacher-arch resnet50", "resnet50"), ("--student-arch wrn-17-1", "wrn-17-1"),
+    ("--student-arch wrn-16-0", "wrn-16-0"), ("--batch 0", "--batch"), ("--batch 1", "--batch"),
     ("--batch many", "--batch"), ("--steps 0", "--steps"), ("--eval-every 0", "--eval-every"),
     ("--generator-lr 0", "--generator-lr"), ("--student-lr nan", "--student-lr"), ("--temperature -1", "--temperature"),
     ("--seed -1", "--seed"), ("--device tpu", "tpu"), ("--no-eval", "--teacher FILE"), ("--shedule paper", "--shedule"),
@@ -2172,7 +2026,8 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, monk
     ("--method zskd --ours magic", "magic"), ("--method rdskd --ours range", "--ours means nothing"),
     ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
 ])  # fmt: skip
-def test_usage_errors(flags, named, capsys, tmp_path):
+def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
     with pytest.raises(SystemExit) as exit:
         dfkd.main([*flags.split(), "--out", str(tmp_path / "out")])
     assert exit.value.code == 2
@@ -2185,7 +2040,7 @@ def test_usage_errors(flags, named, capsys, tmp_path):
 def test_the_schedule_that_is_printed_makes_the_same_run(method, column):
     assert all(len(values) == len(dfkd.COLUMNS) for values in dfkd.SCHEDULES[method].values())
     kind = {"natural": "svhn"}.get(column.split()[-1], column.split()[-1])
-    flags = f"--device cpu --method {method} --dataset {kind}"
+    flags = f"--device cpu --method {method} --dataset {kind}" + " --no-balanced" * (method == "pre")
     if "paper" in column and method in ("mskd", "noise", "kd"):
         with pytest.raises(SystemExit):  # nothing is published
             dfkd.parse(f"{flags} --schedule paper".split())
@@ -2194,7 +2049,7 @@ def test_the_schedule_that_is_printed_makes_the_same_run(method, column):
     again = dfkd.parse([*flags.split(), *dfkd.schedule_text(args).split()[1:]])
     for key in dfkd.SCHEDULES[method]:
         before, now = (tuple(v) if isinstance(v, list) else v for v in (getattr(args, key), getattr(again, key)))
-        assert before == now or key in dfkd.REPLAY, key  # those without a memory are not printed
+        assert before == now or dfkd.memory_kind(key) not in (None, args.replay), key  # these are not printed
 
 
 def test_schedules_follow_the_kind_of_data():
@@ -2213,44 +2068,29 @@ def test_schedules_follow_the_kind_of_data():
     assert (rounds["steps"], rounds["eval_every"]) == (30, 30)  # rounds of 10 are whole
 
 
-def student_rates(flags, steps):
-    args = dfkd.parse(f"--device cpu {flags}".split())
-    optimiser, schedule = dfkd.student_optimiser(nn.Linear(1, 1), args)
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.get_last_lr()[0])
-        optimiser.step()
-        schedule.step()
-    return optimiser, rates
-
-
 def test_the_student_optimisers_follow_their_schedules():
-    def rates(decay, steps):
-        flags = f"--student-optimiser sgd --student-lr 1 --student-decay {decay} --steps {steps}"
-        optimiser, values = student_rates(flags, steps)
-        assert isinstance(optimiser, torch.optim.SGD) and optimiser.param_groups[0]["weight_decay"] == 5e-4
+    def rates(flags, steps):
+        optimiser, decay = dfkd.student_optimiser(nn.Linear(1, 1), dfkd.parse(f"--device cpu {flags}".split()))
+        assert isinstance(optimiser, torch.optim.SGD) == ("sgd" in flags or "cifar" in flags)
+        assert optimiser.param_groups[0]["weight_decay"] == (5e-4 if isinstance(optimiser, torch.optim.SGD) else 0)
+        values = []
+        for _ in range(steps):
+            values.append(decay.get_last_lr()[0])
+            optimiser.step()
+            decay.step()
         return values
 
-    assert set(rates("none", 5)) == {1.0}
-    assert rates("cosine", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
-    cycle = rates("cycle", 100)
+    sgd = "--student-optimiser sgd --student-lr 1 --student-decay"
+    assert set(rates(f"{sgd} none", 5)) == {1.0}
+    assert rates(f"{sgd} cosine --steps 4", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    cycle = rates(f"{sgd} cycle --steps 100", 100)
     assert cycle[0] == pytest.approx(0.04) and max(cycle) == pytest.approx(cycle[14]) and cycle[-1] < 1e-4
-    drops = rates("drops", 801 * dfkd.EPOCH)
+    drops = rates(f"{sgd} drops", 801 * dfkd.EPOCH)
     assert drops[800 * dfkd.EPOCH - 1] == 1 and drops[800 * dfkd.EPOCH] == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_the_cosine_of_pre_moves_once_an_epoch_of_36_rounds(name):
-    _, rates = student_rates(f"--method pre --schedule paper --dataset {name}", 1081)
-    epochs = [(1 + math.cos(math.pi * epoch / 400)) / 20 for epoch in range(4)]
-    assert rates == pytest.approx(np.repeat(epochs, 360)[:1081].tolist(), rel=1e-9)
-
-
-def test_a_layer_that_the_teacher_lacks(tmp_path, capsys):
-    torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
-    flags = f"--method soft-target --layer fc2 --teacher {tmp_path}/own.pt --teacher-arch wrn-10-1 --channels 3"
-    assert dfkd.main(small(f"{flags} --student-arch wrn-10-1 --out {tmp_path}/out")) == 1
-    assert "only 'logits'" in one_line(capsys.readouterr().err)
+    for name in ("mnist", "cifar10"):  # PRE-DFKD's cosine moves once an epoch of 36 rounds
+        epochs = [(1 + math.cos(math.pi * epoch / 400)) / 20 for epoch in range(4)]
+        values = rates(f"--method pre --schedule paper --dataset {name}", 1081)
+        assert values == pytest.approx(np.repeat(epochs, 360)[:1081].tolist(), rel=1e-9)
 
 
 class Exploit:
@@ -2259,6 +2099,10 @@ class Exploit:
 
 
 LENET = models.build("lenet5").state_dict()
+OTHER_TENSORS = {
+    "sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat, "on meta": lambda v: v.to("meta"),
+    "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+}  # fmt: skip
 TEACHER_FILES = {  # what torch.save wrote, or bytes
     "text": (b"no checkpoint", "not a PyTorch file"),
     "empty": (b"", "not a PyTorch file"),
@@ -2270,24 +2114,19 @@ TEACHER_FILES = {  # what torch.save wrote, or bytes
     "other widths": (models.build("lenet5_half").state_dict(), "shape.*3, 1, 5, 5"),
     "other classes": (models.build("lenet5", 7).state_dict(), "10 classes.*7"),
     "NaN": ({k: v / 0 for k, v in LENET.items()}, "NaN"),
-}
-OTHER_TENSORS = {
-    "sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat, "on meta": lambda v: v.to("meta"),
-    "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+    **{name: ({k: convert(v) for k, v in LENET.items()}, "sparse, quantised, complex or without values")
+       for name, convert in OTHER_TENSORS.items()},
 }  # fmt: skip
-for name, convert in OTHER_TENSORS.items():
-    TEACHER_FILES[name] = {k: convert(v) for k, v in LENET.items()}, "sparse, quantised, complex or without values"
 
 
 @pytest.mark.parametrize("content, message", TEACHER_FILES.values(), ids=TEACHER_FILES)
-def test_bad_teacher_files(blind, content, message, tmp_path, monkeypatch, capsys):
+def test_bad_teacher_files(refused, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
         Path("bad.pt").write_bytes(content)
     else:
         torch.save(content, "bad.pt")
-    assert blind("out", "--teacher bad.pt") == 1
-    assert re.search(f"bad.pt: .*{message}", one_line(capsys.readouterr().err))
+    assert re.search(f"bad.pt: .*{message}", refused("out", "--teacher bad.pt"))
     assert not Path("exploited").exists()
 
 
@@ -2301,18 +2140,19 @@ def test_state_dicts_as_others_save_them_just_load(tmp_path, prefix, key):
     assert not net.training and not any(p.requires_grad for p in net.parameters())
 
 
-def test_damaged_data_is_one_line(command, mnist, capsys):
-    (mnist / IMAGES).write_bytes(b"")
-    assert command("out", f"--dataset mnist --data-dir {mnist.parent}") == 1
-    assert IMAGES in one_line(capsys.readouterr().err)
-
-
-def test_an_output_folder_that_cannot_be_written(blind, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", Path("/proc/dfkd")):
-        assert blind(folder) == 1
-        assert str(folder) in one_line(capsys.readouterr().err)
-    assert (tmp_path / "file").read_text() == "in the way"
+@pytest.mark.parametrize("flags, words", [
+    ("--dataset mnist --data-dir {0}", "train-images-idx3-ubyte: begins with nothing"),
+    ("--method soft-target --layer fc2 --teacher {0}/own.pt --teacher-arch wrn-10-1 --channels 3 "
+     "--student-arch wrn-10-1", "only 'logits'"),
+    ("--out {0}/own.pt", "own.pt"), ("--out /proc/dfkd", "/proc/dfkd"),  # folders that cannot be made
+])  # fmt: skip
+def test_what_is_found_wrong_later_is_one_line(command, tmp_path, flags, words, capsys):
+    write_files(tmp_path / "mnist", {"train-images-idx3-ubyte": b""})
+    torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
+    own = (tmp_path / "own.pt").read_bytes()
+    assert command("out", flags.format(tmp_path)) == 1
+    assert words in one_line(capsys.readouterr().err)
+    assert (tmp_path / "own.pt").read_bytes() == own
 
 
 # ---------------------------------------------------------------- the house
