@@ -2312,16 +2312,15 @@ def test_networks_of_ones_own_are_distilled(own, tmp_path, name, method, least, 
 
 
 @pytest.mark.parametrize("method", ["pre", "soft-target"])
-def test_resume_equals_uninterrupted_with_a_network_of_ones_own(own, tmp_path, monkeypatch, method):
+def test_resume_equals_uninterrupted_with_a_network_of_ones_own(own, tmp_path, method):
     run, flags = own[0], f"--method {method}" + f" {VAE}" * (method in GENERATORS)
-    calls = count_backward(monkeypatch)
-    assert run("CNN", flags, tmp_path / "whole") == 0
-    with interrupted(monkeypatch, int(0.6 * len(calls))):
+    with backward_passes() as calls:
+        assert run("CNN", flags, tmp_path / "whole") == 0
+    with backward_passes(until=int(0.6 * len(calls))):
         assert run("CNN", flags, tmp_path / "parts") == 130
-    assert run("CNN", f"{flags} --resume", tmp_path / "parts") == 0
-    assert_same(tmp_path / "whole", tmp_path / "parts")
-    assert run("CNN", f"{flags} --resume", tmp_path / "parts") == 0  # the agreement is the same once more
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    for _ in range(2):  # the second time, nothing is left but the agreement, which is the same once more
+        assert run("CNN", f"{flags} --resume", tmp_path / "parts") == 0
+        assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("method", ["mskd", "zskd", "noise"])
@@ -2442,7 +2441,7 @@ def test_a_damaged_test_file_is_read_or_refused(tmp_path):
         x, y = data.test_set(path, info)
         assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) and 0 <= y.min() and y.max() < 10
 
-    assert 100 < refusals(200, attempt, data.DataError, path)
+    assert refusals(200, attempt, data.DataError, path) > 0.9  # a .zip holds a checksum of each member
 
 
 def test_the_exported_student_is_the_student(own, tmp_path):
