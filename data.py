@@ -686,22 +686,23 @@ def png(images, columns=8):
 
 def svg_samples(pictures, count):
     """The upper `count` pixel lines of pictures that `png` wrote, [(name, path), ...], as one SVG with their names."""
-    parts, y = [], 4
+    parts, y, widest = [], 4, 0
+    left = 8 + 7 * max(len(name) for name, _ in pictures)
     for name, path in pictures:
         content = read(path, 2**26)
         try:
-            width, _, _, colour = struct.unpack(">IIBB", content[16:26])
-            channels = {0: 1, 2: 3}[colour]
-            lines = zlib.decompressobj().decompress(content[41:], count * (1 + width * channels))  # as `png` writes
-            pixels = torch.frombuffer(bytearray(lines), dtype=torch.uint8).view(count, -1)[:, 1:]
-            row = png(pixels.reshape(1, count, width, channels).permute(0, 3, 1, 2) / 255)
+            width, height, _, colour = struct.unpack(">IIBB", content[16:26])
+            height, channels = min(height, count), {0: 1, 2: 3}[colour]
+            lines = zlib.decompressobj().decompress(content[41:], height * (1 + width * channels))  # as `png` writes
+            pixels = torch.frombuffer(bytearray(lines), dtype=torch.uint8).view(height, -1)[:, 1:]
+            row = png(pixels.reshape(1, height, width, channels).permute(0, 3, 1, 2) / 255)
         except (KeyError, RuntimeError, ValueError, struct.error, zlib.error):
             raise DataError(f"{path}: no samples of this program in it; make the run again") from None
-        parts.append(f'<text x="4" y="{y + count / 2 + 4:.0f}">{html.escape(name)}</text><image x="100" y="{y}" '
-                     f'width="{width}" height="{count}" '
+        parts.append(f'<text x="4" y="{y + height / 2 + 4:.0f}">{html.escape(name)}</text><image x="{left}" y="{y}" '
+                     f'width="{width}" height="{height}" '
                      f'href="data:image/png;base64,{base64.b64encode(row).decode()}"/>')  # fmt: skip
-        y += count + 4
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {104 + width} {y}" font-family="sans-serif" '
+        y, widest = y + height + 4, max(widest, width)
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + widest + 4} {y}" font-family="sans-serif" '
             'font-size="12"><rect width="100%" height="100%" fill="white"/>')  # fmt: skip
     return "\n".join([head, *parts, "</svg>\n"]).encode()
 

@@ -768,7 +768,7 @@ def parser():
 
     add = top.add_argument_group("a teacher without a data set: needs --teacher and --teacher-arch").add_argument
     add("--num-classes", type=number(int, 2), metavar="K", help="its classes (default: FILE.py:NAME's, or 10)")
-    add("--channels", type=number(int, 1), metavar="C", help="channels of its images (default: 3)")
+    add("--channels", type=number(int, 1), metavar="C", help="of its images (default: as many as --mean has, or 3)")
     add("--image-size", type=number(int, 8, 1024), metavar="N", help="their side, a multiple of 4 (default: 32)")
     add("--mean", type=number(float, 0, 1), nargs="+", metavar="M", help="of its pixels, per channel (default: 0.5)")
     add("--std", type=number(float, 1e-3), nargs="+", metavar="S", help="their deviation (default: 0.25)")
@@ -906,6 +906,8 @@ def name_networks(args, error):
         setattr(args, key, arch)
         try:
             net = models.sample(arch, data_info(args))
+            if isinstance(net, models.Own) and key == "student_arch":
+                net.check_that_it_trains()
         except (ValueError, models.NetworkError) as problem:
             error(f"{flag(key)}: {problem}")
         if args.dataset == "own" and key == "teacher_arch":
@@ -917,7 +919,7 @@ def name_networks(args, error):
 def fit_method(teacher, args, error):
     """Refuse a method that needs more of the user's network than it has."""
     name, method = f"--teacher-arch {args.teacher_arch}", args.method
-    if method in ("pre", "dafl", "soft-target", "zskd") and not teacher.last:
+    if method in ("pre", "dafl", "soft-target", "zskd") and teacher.last is None:
         error(f"{name}: no nn.Linear is called in it, and --method {method} needs the last one; take rdskd or mskd")
     if method in ("soft-target", "zskd") and not teacher.ends_there:
         error(f"{name}: its logits are not what its last nn.Linear, {teacher.last}, gives, and --method {method} needs "
@@ -1011,7 +1013,7 @@ def distil(args):
         def evaluate(net):
             return None if test is None else models.accuracy(net, *test, info)
 
-        if isinstance(teacher, models.Own) and teacher.last:
+        if isinstance(teacher, models.Own) and teacher.last is not None:
             print(f"features   what the teacher's last nn.Linear, {teacher.last}, reads")
 
         teacher_accuracy = evaluate(teacher)
@@ -1101,7 +1103,11 @@ def drawn_runs(args):
 
 
 def main(argv=None):
-    args = parse(argv)
+    try:
+        args = parse(argv)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        print(f"dfkd.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
     try:

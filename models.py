@@ -227,34 +227,50 @@ class Own(Classifier):
 
     def __init__(self, name, net, channels, size):
         super().__init__()
-        self.net, called = net.cpu().eval(), []
-        layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-        hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y))) for n, m in layers]
-        x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                logits = net(x)
-        except Exception as error:
-            raise NetworkError(f"{name} fails on images {tuple(x.shape)}, see --channels, --image-size: "
-                               f"{in_one_line(error)}") from None  # fmt: skip
-        finally:
-            for hook in hooks:
-                hook.remove()
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2 or found[1] < 2:
-            raise NetworkError(f"{name} gives {found} for images {tuple(x.shape)}, not logits (2, K)")
-        if not any(p.requires_grad for p in net.parameters()):
-            raise NetworkError(f"{name} has no weights that could be trained")
-        self.classes, (self.last, y) = found[1], called[-1] if called else (None, None)
+        self.name, self.net, called = name, net.cpu().eval(), []
+        for key, value in net.state_dict().items():
+            if not isinstance(value, torch.Tensor) or value.dtype == torch.bfloat16 or not value.isfinite().all():
+                raise NetworkError(f"{name}: '{key}' in its state dict is no tensor of finite float32 or integers; "
+                                   "a buffer stays out of it with persistent=False")  # fmt: skip
+        layers = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+        hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y.clone()))) for n, m in layers]
+        self.shape = (2, channels, size, size)
+        logits = self.probe(net)
+        for hook in hooks:
+            hook.remove()
+        self.classes, (self.last, y) = logits.shape[1], called[-1] if called else (None, None)
         self.ends_there = y is not None and torch.equal(y, logits)
         self.train()
+
+    def probe(self, net):
+        """The logits for a batch of noise; NetworkError where they are none that S or G could learn from."""
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                logits = net(1 * x)  # a leaf could not be changed in place
+        except Exception as error:
+            raise NetworkError(f"{self.name} fails on images {self.shape}, see --channels, --image-size: "
+                               f"{in_one_line(error)}") from None  # fmt: skip
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2 or found[1] < 2:
+            raise NetworkError(f"{self.name} gives {found} for images {self.shape}, not logits (2, K)")
+        if not logits.requires_grad:
+            raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach in it?")
+        return logits
+
+    def check_that_it_trains(self):
+        """NetworkError where it cannot be a student; its BatchNorms are left as they are."""
+        if not trained_weights(self):
+            raise NetworkError(f"{self.name} has no weights that could be trained")
+        self.probe(copy.deepcopy(self.net).train())
 
     @property
     def classifier(self):
         return self.net.get_submodule(self.last)
 
     def forward(self, x, return_features=False):
-        x = x.flatten(1).unflatten(1, x.shape[1:])  # NCHW: many networks call view(B, -1), which refuses channels_last
+        # NCHW, because many networks call view(B, -1); a copy, because some change their input in place
+        x = x.clone(memory_format=torch.contiguous_format)
         read = []
         if not return_features or self.last is None:
             return (self.net(x), None) if return_features else self.net(x)
@@ -277,17 +293,26 @@ def in_one_line(error):
 
 @functools.cache
 def module_of(path):
-    """The Python file `path`, run once; it may import the files beside it."""
+    """The Python file `path`, run once. It may import what lies beside it, also by the name of one of our modules."""
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    ours = {}
+    for name in ("data", "dfkd", "generators", "models", "replay"):
+        beside = (path.parent / f"{name}.py").exists() or (path.parent / name).is_dir()
+        if beside and path.parent != Path(__file__).resolve().parent and name in sys.modules:
+            ours[name] = sys.modules.pop(name)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+        sys.path.append(str(path.parent))  # for what it imports later
+        sys.modules.update(ours)
     return module
 
 
 def own(name, num_classes, channels, size):
-    """The network that FILE.py:NAME gives, called with num_classes and channels where it takes them.
+    """The network that FILE.py:NAME gives, called with num_classes and channels where its signature names them.
 
     Without a number of classes (None), it is called without one.
     """
@@ -359,7 +384,7 @@ def on_device(name, info, device, precision):
 
 
 def sample(name, info):
-    """A network called `name`, on no device for use, with its number of classes in it.
+    """A network called `name` to look at, not to use, with its number of classes in it.
 
     ValueError or NetworkError says in one line why there is none for such images.
     """
@@ -378,6 +403,7 @@ def sample(name, info):
 def exported(net, info):
     """The network as the bytes of a .pt2 file that takes batches of any size; torch.export.load reads it."""
     net, buffer = copy.deepcopy(getattr(net, "net", net)).cpu().eval(), io.BytesIO()
+    net.bf16 = False
     x = torch.zeros(2, info.channels, info.size, info.size)
     try:
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -512,8 +538,8 @@ def load(path, name, info, device, precision):
             raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
     try:
         net.load_state_dict(state)
-    except RuntimeError as error:  # a headline, then a line for each kind of difference
-        reason = str(error).splitlines()[1].strip()
+    except Exception as error:  # torch's is a headline and a line for each difference; an own network's is anything
+        reason = " ".join(str(error).splitlines()[1:2]).strip() or in_one_line(error)
         shape = f"{name} with {info.classes} classes and {info.channels} channels"
         flags = "--teacher-arch, --num-classes, --channels"
         raise NetworkError(f"{path}: not a {shape}; see {flags}: {reason[:160]}") from None

@@ -51,7 +51,7 @@ set_up() {
 # Make one run of a table, unless it is there: its name without the seed, then flags. A stopped one goes on.
 # Each seed has a teacher of its own.
 row() {
-    local name=$data-$1-$seed
+    local name=table-$data-$1-$seed
     shift
     rows+=("runs/$name")
     [ -f "runs/$name/result.json" ] || "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume \
@@ -91,8 +91,8 @@ claims() {
     row claim-no-ds --method rdskd "${budget[@]}" --terms oh ie
     [ "$seed" = 0 ] || return 0
     for setting in "" "--latent 50" "--latent 200" "--batch 32" "--batch 128" "--temperature 4" "--temperature 20"; do
-        row "robust-rdskd${setting// /}" --method rdskd "${budget[@]}" $setting
-        for method in dafl mskd; do row "robust-$method${setting// /}" --method $method --steps 3000 $setting; done
+        row "robust-rdskd${setting//[ -]/}" --method rdskd "${budget[@]}" $setting
+        for method in dafl mskd; do row "robust-$method${setting//[ -]/}" --method $method --steps 3000 $setting; done
     done
     for setting in 0.0005 0.002; do
         row robust-rdskd-lr$setting --method rdskd "${budget[@]}" --generator-lr $setting

@@ -1415,7 +1415,12 @@ def test_samples_of_runs_in_one_picture(tmp_path):
     assert [e.text for e in picture.findall("{*}text")] == ["<a>", "<a>"]
     for image in picture.findall("{*}image"):
         assert base64.b64decode(image.get("href").partition(",")[2]) == data.png(x[:8])  # the first of two rows
-    for damaged in (b"", b"no PNG" * 10, data.png(x)[:50], data.png(x[:8, :, :3])):
+    (tmp_path / "low.png").write_bytes(data.png(x[:4, :, :3]))
+    pictures = [("a", tmp_path / "samples.png"), ("a long name", tmp_path / "low.png")]
+    picture = ElementTree.fromstring(data.svg_samples(pictures, count=4))
+    assert [image.get("height") for image in picture.findall("{*}image")] == ["4", "3"]
+    assert picture.get("viewBox") == f"0 0 {8 + 7 * 11 + 40 + 4} {4 + 8 + 7}"
+    for damaged in (b"", b"no PNG" * 10, data.png(x)[:50]):
         (tmp_path / "samples.png").write_bytes(damaged)
         with pytest.raises(data.DataError, match="samples.png"):
             data.svg_samples([("a", tmp_path / "samples.png")], count=4)
@@ -2250,7 +2255,30 @@ class CNN(nn.Module):
         return self.module(x.view(x.size(0), -1))
 
 
+class Changing(CNN):  # its input in place
+    def forward(self, x):
+        x *= 0.5
+        return super().forward(x)
+
+
+class Auxiliary(CNN):  # another output in train mode
+    def forward(self, x):
+        return (super().forward(x), x) if self.training else super().forward(x)
+
+
+class Detached(CNN):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class Masked(CNN):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor(-torch.inf))
+
+
 small = lambda: CNN(4)
+frozen = lambda: CNN().requires_grad_(False)
 batch_statistics = lambda: CNN(5)
 no_linear = lambda: nn.Sequential(nn.Conv2d(1, 10, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 not_last = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU())
@@ -2367,7 +2395,10 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:CNN", "--channels 3 --mean 0 0 0 --std 1 1 1", "fails on images .*--channels"),
     ("nets.py:thin", "", "cannot be called, see --num-classes"), ("nets.py:images", "", "not logits"),
     ("nets.py:CNN", "--image-size 32", "--image-size"), ("nets.py:CNN", "--num-classes 7", "10 classes, not 7"),
-    ("nets.py:seven", "", "--student-arch.*10 classes, not 7"), ("nets.py:weightless", "", "not logits|no weights"),
+    ("nets.py:seven", "", "--student-arch.*10 classes, not 7"), ("nets.py:weightless", "", "10 classes, not 784"),
+    ("nets.py:CNN", "--student-arch nets.py:frozen", "no weights"), ("nets.py:Masked", "", "'mask' in its state dict"),
+    ("nets.py:CNN", "--student-arch nets.py:Auxiliary", "gives tuple"), ("nets.py:Detached", "", "passes no gradient"),
+    (f"{300 * 'n'}.py:CNN", "", "name too long"),
     ("nets.py:CNN", "--student-arch lenet5", "lenet5 takes no images of 28"), ("nets.py:CNN", "--image-size 30", "4"),
     ("nets.py:CNN", "--mean 0.1 0.2", "2 and 1 numbers for 1"), ("nets.py:CNN", "--test no.npz", "no.npz: no file"),
     ("nets.py:CNN", "--export a.onnx", "FILE.pt2"), ("nets.py:CNN", "--export no/a.pt2", "FILE.pt2"),
@@ -2392,13 +2423,23 @@ def test_bad_networks(own, tmp_path, monkeypatch, teacher, flags, message, capsy
 
 
 @pytest.mark.parametrize("teacher, method", [
-    ("no_linear", "mskd"), ("not_last", "dafl"), ("batch_statistics", "rdskd"),
+    ("no_linear", "mskd"), ("not_last", "dafl"), ("batch_statistics", "rdskd"), ("frozen", "rdskd"),
+    ("Changing", "soft-target"), ("Auxiliary", "dafl"),
 ])  # fmt: skip
 def test_a_network_needs_no_more_than_the_method_asks_for(own, tmp_path, teacher, method):
     arch = f"{own[1]}/nets.py:{teacher}"
     torch.save(models.build(arch, 10, 1, 28).state_dict(), tmp_path / "teacher.pt")
     flags = f"--teacher {tmp_path}/teacher.pt --teacher-arch {arch} --method {method}"
     assert own[0]("CNN", flags, tmp_path / "run") == 0
+
+
+def test_a_network_does_not_change_its_images_and_imports_what_lies_beside_it(own, tmp_path):
+    net, x = models.build(f"{own[1]}/nets.py:Changing", 10, 1, 28), torch.ones(2, 1, 28, 28)
+    net(x)
+    assert torch.equal(x, torch.ones_like(x))
+    (tmp_path / "net.py").write_text(f"from models import CNN\n{NETS}")
+    (tmp_path / "models.py").write_text("from torch import nn\nCNN = nn.Sequential")
+    assert models.build(f"{tmp_path}/net.py:small", 10, 1, 28).classes == 10 and sys.modules["models"] is models
 
 
 def test_a_teacher_of_another_network(own, tmp_path, capsys):
