@@ -845,8 +845,11 @@ def parse(argv):
         top.error(f"{' and '.join(finished)} are different commands: give one of them")
     if finished:
         return args
-    name_data(args, top.error)
-    name_networks(args, top.error)
+    try:
+        name_data(args, top.error)
+        name_networks(args, top.error)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        top.error(f"{error.filename}: {error.strerror}")
     fill_schedule(args, top.error)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1103,11 +1106,7 @@ def drawn_runs(args):
 
 
 def main(argv=None):
-    try:
-        args = parse(argv)
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        print(f"dfkd.py: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    args = parse(argv)
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
     try:

@@ -2398,7 +2398,7 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:seven", "", "--student-arch.*10 classes, not 7"), ("nets.py:weightless", "", "10 classes, not 784"),
     ("nets.py:CNN", "--student-arch nets.py:frozen", "no weights"), ("nets.py:Masked", "", "'mask' in its state dict"),
     ("nets.py:CNN", "--student-arch nets.py:Auxiliary", "gives tuple"), ("nets.py:Detached", "", "passes no gradient"),
-    (f"{300 * 'n'}.py:CNN", "", "name too long"),
+    ("n" * 300 + ".py:CNN", "", "name too long"),
     ("nets.py:CNN", "--student-arch lenet5", "lenet5 takes no images of 28"), ("nets.py:CNN", "--image-size 30", "4"),
     ("nets.py:CNN", "--mean 0.1 0.2", "2 and 1 numbers for 1"), ("nets.py:CNN", "--test no.npz", "no.npz: no file"),
     ("nets.py:CNN", "--export a.onnx", "FILE.pt2"), ("nets.py:CNN", "--export no/a.pt2", "FILE.pt2"),
