@@ -839,7 +839,8 @@ def parser():
 def parse(argv):
     """The arguments, with the schedule's numbers filled in and `auto` decided, but for --layer and --sigma."""
     top = parser()
-    args = top.parse_args(argv)
+    given = vars(top.parse_args(argv))  # several values are a tuple, as in the schedules
+    args = argparse.Namespace(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
     finished = [flag(key) for key in ("plot", "pictures", "table") if getattr(args, key)]
     if len(finished) > 1:
         top.error(f"{' and '.join(finished)} are different commands: give one of them")
@@ -880,7 +881,7 @@ def name_data(args, error):
             error("--no-eval measures nothing, --test FILE does: give one of them")
         args.dataset, args.no_eval = "own", not args.test
         args.channels, args.image_size = args.channels or len(args.mean or (1, 2, 3)), args.image_size or 32
-        args.mean, args.std = tuple(args.mean or (0.5,) * args.channels), tuple(args.std or (0.25,) * args.channels)
+        args.mean, args.std = args.mean or (0.5,) * args.channels, args.std or (0.25,) * args.channels
         if args.image_size % 4:
             error(f"--image-size {args.image_size} is no multiple of 4")
         if not len(args.mean) == len(args.std) == args.channels:
@@ -974,14 +975,9 @@ def fill_schedule(args, error):
             error(f"{given} means nothing to --method {args.method}")
         if kind and (args.replay or numbers["replay"]) != kind:
             error(f"{given} means nothing without --replay {kind}")
-    if args.loss_weights:
-        args.loss_weights, usual = tuple(args.loss_weights), numbers["loss_weights"]
-        if len(args.loss_weights) != len(usual):
-            error(f"--loss-weights: --method {args.method} has {len(usual)} of them, not {len(args.loss_weights)}")
-    if args.ours is not None:
-        args.ours = tuple(args.ours)
-    if args.terms is not None:
-        args.terms = tuple(args.terms)
+    if args.loss_weights and len(args.loss_weights) != len(numbers["loss_weights"]):
+        usual = len(numbers["loss_weights"])
+        error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
     args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)

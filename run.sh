@@ -16,7 +16,9 @@ cd "$(dirname "$0")"
 fail() { echo "run.sh: $1" >&2; exit 1; }
 
 # Whether interpreter $1 can import numpy, a recent torch and the further modules $2.
-has() { "$1" -c "import numpy, torch, $2; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null; }
+has() {
+    "$1" -c "import numpy, torch, $2; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null
+}
 
 # Install into .venv. torch's default build for Linux carries 5 GB of CUDA libraries: without an NVIDIA GPU, the CPU
 # build is tried first, and with --no-index, lest an index that pip is configured with serve the default build after
