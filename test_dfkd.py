@@ -1541,6 +1541,44 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert outcome(out)[2] != outcome(tmp_path / "c")[2]
 
 
+@pytest.fixture(scope="session")
+def made_data_sets(tmp_path_factory):
+    """A folder with glyphs in the files of three data sets; those of CIFAR-100 in the colours of its 100 classes."""
+    folder = tmp_path_factory.mktemp("datasets")
+    sets = dict(train=data.glyphs(1280, seed=2), t10k=data.glyphs(300, seed=3))
+    idx_files, hundred, digits = {}, {}, {}
+    for part, (images, labels) in sets.items():
+        idx_files[f"{part}-images-idx3-ubyte"] = idx(images)
+        idx_files[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx(labels.astype(np.uint8)))
+        colour = np.arange(len(labels)) % 10
+        shades = np.stack([25 * colour, 225 - 25 * colour, 25 * (colour % 2)], 1).astype(np.uint8)
+        grey = np.pad(images, ((0, 0), (2, 2), (2, 2)))[:, None]
+        rgb = np.maximum(grey, shades[:, :, None, None])
+        records = np.c_[labels, 10 * labels + colour, rgb.reshape(len(rgb), -1)].astype(np.uint8)
+        hundred["train.bin" if part == "train" else "test.bin"] = records.tobytes()
+        X, y = rgb.transpose(2, 3, 1, 0), np.where(labels == 0, 10, labels)[:, None]
+        header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x100) + b"IM"
+        digits["train_32x32.mat" if part == "train" else "test_32x32.mat"] = (
+            header + mat_matrix("<", "X", X, 2, True) + mat_matrix("<", "y", y, 9, True, 6)
+        )
+    write_files(folder / "fashion-mnist", idx_files)
+    write_files(folder / data.CIFAR["cifar100"].folder, hundred)
+    write_files(folder / "svhn", digits)
+    return folder
+
+
+@pytest.mark.parametrize("name, least, arch", [
+    ("fashion-mnist", 50, "lenet5"), ("svhn", 30, "wrn-10-1"), ("cifar100", 4, "wrn-10-1"),
+])  # fmt: skip
+def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, name, least, arch):
+    flags = f"--dataset {name} --data-dir {made_data_sets} --teacher-arch {arch} --student-arch {arch}"
+    flags += f" --teacher-epochs 6 --teacher-dir {tmp_path / 'teachers'} --out {tmp_path / 'a'} --eval-every 12"
+    assert dfkd.main(small(flags)) == 0
+    result = result_of(tmp_path / "a")
+    assert result["dataset"] == name and result["teacher_accuracy"] > least  # chance is 10, for cifar100 1
+    assert result["agreement_fresh"] is not None and (tmp_path / "a" / "samples.png").exists()
+
+
 def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path, capsys):
     assert blind(tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
