@@ -111,6 +111,12 @@ def mean_and_std(info, device):
     return tuple(torch.tensor(v, device=device).view(-1, 1, 1) for v in (info.mean, info.std))
 
 
+def pixel_range(info, device):
+    """What black and white become under an Info's normalisation: (C, 1, 1) each."""
+    mean, std = mean_and_std(info, device)
+    return -mean / std, (1 - mean) / std
+
+
 def cropped_and_mirrored(images):
     """Each image at a random place of itself with a border of 4 zeros, half of them mirrored: for training on photos.
 

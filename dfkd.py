@@ -61,6 +61,7 @@ RDSKD = {
     "student_lr":        (1e-2, 1e-2, 2e-3, 2e-3, 2e-3),  # [C]
     "student_decay":     ("cycle", "cycle", "cosine", "none", "drops"),  # [C]; SVHN: none
     "eval_every":        (0, 0, 0, 10 * EPOCH, 10 * EPOCH),  # [I]; 0: a 25th of the steps
+    "ours":              (("range",), ("range",), ("range",), (), ()),  # 98.1 instead of 97.1 (validation, 2 seeds)
 }
 DAFL = {  # and MSKD, for which all of it is ours [I]
     "batch":             (64, 64, 256, 512, 1024),  # [C]
@@ -75,6 +76,7 @@ DAFL = {  # and MSKD, for which all of it is ours [I]
     "student_lr":        (1e-2, 1e-2, 0.1, 2e-3, 0.1),  # [C]
     "student_decay":     ("cycle", "cycle", "cosine", "none", "drops"),  # [C]
     "eval_every":        (0, 0, 0, EPOCH, 10 * EPOCH),  # [I]
+    "ours":              (("range",), ("range",), ("range",), (), ()),
 }
 PRE = {
     "batch":             (64, 64, 256, 1024, 1024),  # [C]
@@ -90,6 +92,7 @@ PRE = {
     "decay_every":       (1, 1, 1, 36 * 10, 36 * 10),  # the cosine moves once an epoch [C]
     "eval_every":        (0, 0, 0, 36 * 10, 36 * 10),  # every epoch [P]
     "replay":            ("vae", "vae", "vae", "vae", "vae"),  # [P]
+    "ours":              (("range",), ("range",), ("range",), (), ()),
 }
 REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's own table overrides it.
     "replay":            ("none", "none", "none", "none", "none"),
@@ -101,7 +104,8 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "teacher_term":      (True, True, True, True, True),  # [P, C]
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
-OURS = ("smooth", "range", "settle", "augment", "scale", "sum")  # what we add to image synthesis, see `optimised`
+# What we add to image synthesis, see `optimised`; `range` to generators, too, see `image_generator`.
+OURS = ("smooth", "range", "settle", "augment", "scale", "sum")
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
     "image_batch":       (500, 500, 500, 100, 100),  # [C]
@@ -431,11 +435,17 @@ LOOPS = {
 
 
 def image_generator(info, args, spectral_norm=False, bound=None):
-    """G and its optimiser."""
-    G = generators.Generator(args.latent, info.channels, info.size, args.width, spectral_norm, bound)
+    """G and its optimiser. With `range` of --ours [I], the images are kept in the range of pixels."""
+    pixels = kept_range(info, args)
+    G = generators.Generator(args.latent, info.channels, info.size, args.width, spectral_norm, bound, pixels)
     G.bf16 = args.precision == "bf16"
     G.to(args.device, memory_format=torch.channels_last)
     return G, models.adam(G, args.generator_lr)
+
+
+def kept_range(info, args):
+    """What generated images are kept between: black and white, or nothing."""
+    return data.pixel_range(info, args.device) if "range" in args.ours else (None, None)
 
 
 def replay_memory(info, args):
@@ -443,7 +453,7 @@ def replay_memory(info, args):
     if args.replay == "bank":
         return replay.Bank(args.bank_size, info.channels, info.size).to(args.device)
     if args.replay == "vae":
-        vae = replay.VAE(args.memory_latent, info.channels, info.size, args.memory_width)
+        vae = replay.VAE(args.memory_latent, info.channels, info.size, args.memory_width, kept_range(info, args))
         vae.encoder.bf16 = vae.decoder.bf16 = args.precision == "bf16"
         vae.to(args.device, memory_format=torch.channels_last)
         return replay.PseudoReplay(vae, args.memory_lr, args.latent_lr, args.teacher_term, args.balanced)
@@ -498,6 +508,7 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     """
     ours = args.ours
     mean, std = data.mean_and_std(info, args.device)
+    low, high = data.pixel_range(info, args.device)
     shape, constrain = (count, info.channels, info.size, info.size), None
     if "smooth" in ours:
         x = generators.smooth_noise(count, info.channels, info.size, args.device)
@@ -506,7 +517,7 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     else:
         x = torch.randn(shape, device=args.device)
     if "range" in ours:
-        constrain = functools.partial(torch.clamp, min=-mean / std, max=(1 - mean) / std)
+        constrain = functools.partial(torch.clamp, min=low, max=high)
     elif in_pixels:
         constrain = functools.partial(generators.rescaled, mean=mean, std=std)
 
@@ -797,8 +808,8 @@ def parser():
     add("--image-batch", type=number(int, 8), metavar="N", help="images that are optimised together")
     add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
-    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"which of our additions to image synthesis are on, "
-        f"none without a name: {' '.join(OURS)}")  # fmt: skip
+    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"which of our additions are on, none without a "
+        f"name: {' '.join(OURS)}; for generators: range")  # fmt: skip
     add("--layer", choices=("auto", "fc2", "logits"), help="whose outputs soft-target models")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
         help=f"their deviation (auto: the one that makes the teacher's L_oh {CERTAINTY})")
@@ -978,6 +989,9 @@ def fill_schedule(args, error):
     if args.loss_weights and len(args.loss_weights) != len(numbers["loss_weights"]):
         usual = len(numbers["loss_weights"])
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
+    foreign = "images" not in numbers and sorted({*(args.ours or ())} - {"range"})
+    if foreign:
+        error(f"--ours {foreign[0]} means nothing to --method {args.method}, which has range alone")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
     args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)

@@ -89,16 +89,21 @@ class Generator(nn.Module):
     The second BatchNorm and the third have eps = 0.8: the authors pass it as the second positional argument, where
     torch expects eps and a reader expects momentum. It changes what the network learns, so it is kept [C].
     The last BatchNorm has no affine part and puts the images into the teacher's normalised input space [C].
+    `pixels` = (low, high), (C, 1, 1) each, keeps the images in the range of pixels: real images know no other [I].
     The images are float32 at least. What comes before them is bfloat16 where `bf16` is set on the network.
     """
 
     bf16 = False
 
-    def __init__(self, latent_dim, channels, image_size=32, width=128, spectral_norm=False, bound=None):
+    def __init__(
+        self, latent_dim, channels, image_size=32, width=128, spectral_norm=False, bound=None, pixels=(None, None)
+    ):
         super().__init__()
         if image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, not {image_size}")
         self.latent_dim, self.start = latent_dim, image_size // 4
+        for name, value in zip(("low", "high"), pixels):
+            self.register_buffer(name, value, persistent=False)
         self.linear = nn.Linear(latent_dim, width * self.start**2)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv1 = UpsampleConv2d(width, width)
@@ -120,7 +125,8 @@ class Generator(nn.Module):
             x = F.leaky_relu(self.bn2(self.conv1(x)), 0.2, inplace=True)  # (B, 128, H/2, W/2)
             x = F.leaky_relu(self.bn3(self.conv2(x)), 0.2, inplace=True)  # (B, 64, H, W)
             x = self.conv3(x)  # (B, C, H, W)
-        return self.bn4(at_least_float32(x).tanh())
+        x = self.bn4(at_least_float32(x).tanh())
+        return x if self.low is None else x.clamp(self.low, self.high)
 
 
 def float32_weight(conv):

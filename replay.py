@@ -52,14 +52,14 @@ class VAE(nn.Module):
     """Encoder E and decoder M, the generator's network without spectral norm; weights U(-0.08, 0.08), biases 0 [C].
 
     The authors' latent of 1000 makes M's linear layer alone 33 MB, where the paper says 2.1 MB for all.
-    A latent of 32 and a width of 32, the default of dfkd.py, make 0.5 MB [I].
+    A latent of 32 and a width of 32, the default of dfkd.py, make 0.5 MB [I]. `pixels` as in `Generator`.
     """
 
-    def __init__(self, latent_dim, channels, image_size=32, width=128):
+    def __init__(self, latent_dim, channels, image_size=32, width=128, pixels=(None, None)):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = Encoder(latent_dim, channels, image_size, width)
-        self.decoder = Generator(latent_dim, channels, image_size, width)
+        self.decoder = Generator(latent_dim, channels, image_size, width, pixels=pixels)
         uniform_weights(self, 0.08)
 
     def forward(self, x):

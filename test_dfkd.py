@@ -604,7 +604,7 @@ def test_trace(monkeypatch, method):
 
     flags, lists, tolerances = TRACED[method]
     fixed = "--batch 32 --latent 8 --width 128 --precision fp32 --device cpu --generator-lr 1e-3"
-    fixed += " --student-optimiser adam --student-lr 2e-3 --student-decay none"
+    fixed += " --student-optimiser adam --student-lr 2e-3 --student-decay none --ours"
     lengths = {name: len(values) for name, values in held.items()}
     args = dfkd.parse(f"--method {method} {fixed} {flags.format(**lengths)}".split())
     teacher, student = two_layers(f"{method}_teacher").requires_grad_(False), two_layers(f"{method}_student")
@@ -878,6 +878,17 @@ def test_each_of_ours_acts_by_itself(begun, name):
     if name == "range":
         pixels = constrain(9 * torch.randn(8, 1, 32, 32)) * GLYPHS.std[0] + GLYPHS.mean[0]
         assert pixels.min() == pytest.approx(0, abs=1e-6) and pixels.max() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("flags, kept", [("", True), ("--ours", False), ("--schedule paper --batch 8", False)])
+def test_generators_keep_to_the_range_of_pixels(flags, kept):
+    args = dfkd.parse(f"--method pre {flags} --width 8 --memory-width 8 --latent 9 --memory-latent 9 --device cpu".split())
+    G, memory = dfkd.image_generator(GLYPHS, args)[0], dfkd.replay_memory(GLYPHS, args)
+    low, high = data.pixel_range(GLYPHS, "cpu")
+    for net in (G, g.frozen(G), memory.vae.decoder):
+        low_x, high_x = net(100 * torch.randn(64, 9)).aminmax()
+        assert (low_x >= low and high_x <= high) == kept
+    assert torch.allclose(data.normalise(torch.tensor([0, 255]), GLYPHS).flatten(), torch.cat([low, high]).flatten())
 
 
 # ---------------------------------------------------------------- replay
@@ -2066,7 +2077,8 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--method zskd --temperature 0", "--temperature"), ("--teacher-arch wrn-10-1", "--student-arch"),
     ("--teacher .", "no file"), ("--method pre --temperature 3", "--temperature means nothing"),
     ("--teacher dfkd.py --teacher-arch wrn-16-2 --channels 3 --dataset svhn", "--dataset"),
-    ("--method zskd --ours magic", "magic"), ("--method rdskd --ours range", "--ours means nothing"),
+    ("--method zskd --ours magic", "magic"), ("--method noise --ours range", "--ours means nothing"),
+    ("--method rdskd --ours range smooth", "--ours smooth means nothing"),
     ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
