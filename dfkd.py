@@ -104,7 +104,7 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "teacher_term":      (True, True, True, True, True),  # [P, C]
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
-# What we add to image synthesis, see `optimised`; `range` to generators, too, see `image_generator`.
+# What we add to image synthesis, see `optimised`; `range` to generators, too, see `pixel_range`.
 OURS = ("smooth", "range", "settle", "augment", "scale", "sum")
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
@@ -435,17 +435,21 @@ LOOPS = {
 
 
 def image_generator(info, args, spectral_norm=False, bound=None):
-    """G and its optimiser. With `range` of --ours [I], the images are kept in the range of pixels."""
-    pixels = kept_range(info, args)
+    """G and its optimiser."""
+    pixels = pixel_range(info, args)
     G = generators.Generator(args.latent, info.channels, info.size, args.width, spectral_norm, bound, pixels)
     G.bf16 = args.precision == "bf16"
     G.to(args.device, memory_format=torch.channels_last)
     return G, models.adam(G, args.generator_lr)
 
 
-def kept_range(info, args):
-    """What generated images are kept between: black and white, or nothing."""
-    return data.pixel_range(info, args.device) if "range" in args.ours else (None, None)
+def pixel_range(info, args):
+    """What generated images are kept between with `range` of --ours [I]: black and white.
+
+    Without it, G draws in a black that is blacker than black, or in negative; T is sure of such images all the same,
+    and S learns from them what no real image asks for.
+    """
+    return data.pixel_range(info, args.device) if "range" in args.ours else None
 
 
 def replay_memory(info, args):
@@ -453,7 +457,7 @@ def replay_memory(info, args):
     if args.replay == "bank":
         return replay.Bank(args.bank_size, info.channels, info.size).to(args.device)
     if args.replay == "vae":
-        vae = replay.VAE(args.memory_latent, info.channels, info.size, args.memory_width, kept_range(info, args))
+        vae = replay.VAE(args.memory_latent, info.channels, info.size, args.memory_width, pixel_range(info, args))
         vae.encoder.bf16 = vae.decoder.bf16 = args.precision == "bf16"
         vae.to(args.device, memory_format=torch.channels_last)
         return replay.PseudoReplay(vae, args.memory_lr, args.latent_lr, args.teacher_term, args.balanced)

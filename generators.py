@@ -96,14 +96,15 @@ class Generator(nn.Module):
     bf16 = False
 
     def __init__(
-        self, latent_dim, channels, image_size=32, width=128, spectral_norm=False, bound=None, pixels=(None, None)
+        self, latent_dim, channels, image_size=32, width=128, spectral_norm=False, bound=None, pixels=None
     ):
         super().__init__()
         if image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, not {image_size}")
         self.latent_dim, self.start = latent_dim, image_size // 4
-        for name, value in zip(("low", "high"), pixels):
-            self.register_buffer(name, value, persistent=False)
+        low, high = pixels or (None, None)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
         self.linear = nn.Linear(latent_dim, width * self.start**2)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv1 = UpsampleConv2d(width, width)

@@ -55,7 +55,7 @@ class VAE(nn.Module):
     A latent of 32 and a width of 32, the default of dfkd.py, make 0.5 MB [I]. `pixels` as in `Generator`.
     """
 
-    def __init__(self, latent_dim, channels, image_size=32, width=128, pixels=(None, None)):
+    def __init__(self, latent_dim, channels, image_size=32, width=128, pixels=None):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = Encoder(latent_dim, channels, image_size, width)
