@@ -95,9 +95,7 @@ class Generator(nn.Module):
 
     bf16 = False
 
-    def __init__(
-        self, latent_dim, channels, image_size=32, width=128, spectral_norm=False, bound=None, pixels=None
-    ):
+    def __init__(self, latent_dim, channels, image_size=32, width=128, spectral_norm=False, bound=None, pixels=None):
         super().__init__()
         if image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, not {image_size}")

@@ -882,7 +882,8 @@ def test_each_of_ours_acts_by_itself(begun, name):
 
 @pytest.mark.parametrize("flags, kept", [("", True), ("--ours", False), ("--schedule paper --batch 8", False)])
 def test_generators_keep_to_the_range_of_pixels(flags, kept):
-    args = dfkd.parse(f"--method pre {flags} --width 8 --memory-width 8 --latent 9 --memory-latent 9 --device cpu".split())
+    sizes = "--width 8 --memory-width 8 --latent 9 --memory-latent 9 --device cpu"
+    args = dfkd.parse(f"--method pre {flags} {sizes}".split())
     G, memory = dfkd.image_generator(GLYPHS, args)[0], dfkd.replay_memory(GLYPHS, args)
     low, high = data.pixel_range(GLYPHS, "cpu")
     for net in (G, g.frozen(G), memory.vae.decoder):
