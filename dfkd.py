@@ -765,7 +765,7 @@ def parser():
         prog="dfkd.py", allow_abbrev=False,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26),
         usage="dfkd.py [--method METHOD] [--dataset NAME] [FLAGS]",
-        description="Distil a trained teacher into a smaller student without the data it was trained on.",
+        description="Distil a trained teacher into a smaller student without its data.",
         epilog="A run prints its schedule first. All schedules stand at the top of dfkd.py.",
     )  # fmt: skip
     switch = argparse.BooleanOptionalAction
@@ -790,43 +790,45 @@ def parser():
     add("--test", metavar="FILE.npz", help="images and labels that measure; see README.md")
 
     add = top.add_argument_group("schedule").add_argument
-    add("--schedule", choices=("default", "paper"), default="default", help="ours, minutes on a CPU; what is published")
+    add("--schedule", choices=("default", "paper"), default="default", metavar="NAME",
+        help="default: ours, minutes on a CPU; paper: as published")
     add("--steps", type=number(int, 1), metavar="N", help="steps of the student, rounded up to whole rounds")
     add("--student-steps", type=number(int, 1), metavar="N", help="student steps for each step of G (dafl, mskd, pre)")
     add("--generator-steps", type=number(int, 1), metavar="N", help="steps of G before the student's first (rdskd)")
     add("--batch", type=number(int, 2), metavar="N", help="images per step")
     add("--latent", type=number(int, 1), metavar="D", help="dimension of the generator's latents z")
-    add("--width", type=number(int, 2), metavar="N", help="channels of G's first convolution; the second has half")
+    add("--width", type=number(int, 2), metavar="N", help="channels of G's first convolution, twice the next")
     add("--generator-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the generator")
     add("--student-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the student")
-    add("--student-optimiser", choices=("adam", "sgd"), help="sgd: momentum 0.9, weight decay 5e-4")
-    add("--student-decay", choices=("none", "cosine", "cycle", "drops"), help="of its rate: none, a cosine to 0, "
-        f"15 %% up and then down, a tenth from steps {800 * EPOCH} and {1600 * EPOCH} on")  # fmt: skip
+    add("--student-optimiser", choices=("adam", "sgd"), metavar="NAME",
+        help="adam, or sgd: momentum 0.9, weight decay 5e-4")
+    add("--student-decay", choices=("none", "cosine", "cycle", "drops"), metavar="NAME", help="of its rate: none; "
+        f"cosine to 0; cycle, 15 %% up, then down; drops to a tenth at {800 * EPOCH}, {1600 * EPOCH}")  # fmt: skip
     add("--decay-every", type=number(int, 1), metavar="N", help="student steps between moves of the cosine (pre)")
     add("--terms", nargs="+", choices=("oh", "ie", "ds"), metavar="L", help="rdskd: terms of L_G, of oh ie ds")
-    add("--penalty", choices=("exp", "sum"), help="rdskd: exp of the increase of L_oh and L_ie, or their plain sum")
+    add("--penalty", choices=("exp", "sum"), metavar="NAME", help="rdskd: exp of what L_oh, L_ie increase, or sum")
     add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss and of soft labels")
     add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: "
         "L_ms in place of L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
-    add("--images", type=number(int, 8), metavar="N", help="in the transfer set (soft-target, zskd, deepinversion)")
+    add("--images", type=number(int, 8), metavar="N", help="in the transfer set of methods that optimise them")
     add("--image-batch", type=number(int, 8), metavar="N", help="images that are optimised together")
     add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
-    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"which of our additions are on, none without a "
-        f"name: {' '.join(OURS)}; for generators: range")  # fmt: skip
-    add("--layer", choices=("auto", "fc2", "logits"), help="whose outputs soft-target models")
+    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions that are on, of "
+        f"{' '.join(OURS)}; for generators: range")  # fmt: skip
+    add("--layer", choices=("auto", "fc2", "logits"), metavar="NAME", help="soft-target models its outputs: auto, fc2, logits")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
-        help=f"their deviation (auto: the one that makes the teacher's L_oh {CERTAINTY})")
+        help=f"their deviation (auto: the teacher's L_oh is {CERTAINTY})")
     add("--eval-every", type=number(int, 1), metavar="N", help="student steps between evaluations (default: a 25th)")
 
     add = top.add_argument_group("replay, for methods with a generator").add_argument
-    add("--replay", choices=("none", "vae", "bank"), help="what brings earlier samples back")
+    add("--replay", choices=("none", "vae", "bank"), metavar="NAME", help="of earlier samples: none, vae, bank")
     add("--memory-latent", type=number(int, 1), metavar="D", help="latent dimension of the VAE")
     add("--memory-width", type=number(int, 2), metavar="N", help="channels of the VAE's widest convolution")
     add("--memory-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the VAE")
     add("--latent-lr", type=number(float, 1e-12), metavar="LR", help="of balanced inference's step on latents")
     add("--bank-size", type=number(int, 1), metavar="N", help="images that the bank holds at most")
-    add("--teacher-term", action=switch, help="the teacher's outputs in the VAE's reconstruction loss")
+    add("--teacher-term", action=switch, help="the teacher's outputs in the VAE's L_rec")
     add("--balanced", action=switch, help="category-balanced inference of memory samples")
 
     add = top.add_argument_group("the teacher that is trained here").add_argument
@@ -836,18 +838,20 @@ def parser():
 
     add = top.add_argument_group("the run").add_argument
     add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of the distillation (default: 0)")
-    add("--out", metavar="DIR", help="folder for the results (default: runs/DATASET-METHOD-SEED)")
+    add("--out", metavar="DIR", help="for the results (default: runs/DATASET-METHOD-SEED)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 if the processor has it")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), metavar="NAME",
+        help="cpu, cuda, or auto: a GPU if there is one")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), metavar="NAME",
+        help="bf16, fp32, or auto: bf16 if the processor has it")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads; results depend on them in the last bits")
 
     add = top.add_argument_group("finished runs: distil nothing").add_argument
-    add("--plot", nargs="+", metavar="RUN", help="draw the accuracies of runs into --out (default: runs/curves.svg)")
+    add("--plot", nargs="+", metavar="RUN", help="draw accuracies into --out (runs/curves.svg)")
     add("--over", choices=("steps", "minutes"), default="steps", help="what --plot draws them over (default: steps)")
-    add("--pictures", nargs="+", metavar="RUN", help="put samples of runs into --out (default: runs/samples.svg)")
+    add("--pictures", nargs="+", metavar="RUN", help="put samples into --out (runs/samples.svg)")
     add("--lines", type=number(int, 1, 1024), default=32, metavar="N", help="pixel lines of each (default: 32)")
-    add("--table", nargs="+", metavar="RUN", help="print a row for each group of runs that differ in the seed")
+    add("--table", nargs="+", metavar="RUN", help="print a row for runs that differ in the seed alone")
     return top
 
 
