@@ -816,7 +816,8 @@ def parser():
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
     add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions that are on, of "
         f"{' '.join(OURS)}; for generators: range")  # fmt: skip
-    add("--layer", choices=("auto", "fc2", "logits"), metavar="NAME", help="soft-target models its outputs: auto, fc2, logits")
+    add("--layer", choices=("auto", "fc2", "logits"), metavar="NAME",
+        help="soft-target models its outputs: auto, fc2, logits")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
         help=f"their deviation (auto: the teacher's L_oh is {CERTAINTY})")
     add("--eval-every", type=number(int, 1), metavar="N", help="student steps between evaluations (default: a 25th)")
