@@ -71,7 +71,7 @@ DAFL = {  # and MSKD, for which all of it is ours [I]
     "loss_weights":      ((1, 5, 0.1), (1, 5, 0.1), (0.05, 5, 0.01), (1, 5, 0.1), (0.05, 5, 0.01)),  # [C]
     "student_steps":     (5, 5, 5, 1, 1),  # for each of G [C]
     "steps":             (4000, 12_000, 30_000, 200 * EPOCH, 2000 * EPOCH),  # [C]
-    "temperature":       (10.0, 10.0, 10.0, 1.0, 1.0),  # [C]; 97.4 % with 10, 96.3 % with 1 (validation)
+    "temperature":       (10.0, 10.0, 10.0, 1.0, 1.0),  # [C]; 97.4 % with 10, 96.3 % with 1 (validation, without range)
     "student_optimiser": ("adam", "adam", "sgd", "adam", "sgd"),  # [C]
     "student_lr":        (1e-2, 1e-2, 0.1, 2e-3, 0.1),  # [C]
     "student_decay":     ("cycle", "cycle", "cosine", "none", "drops"),  # [C]
@@ -87,7 +87,7 @@ PRE = {
     "student_steps":     (10, 10, 10, 10, 10),  # for each of G [C]
     "steps":             (4000, 8000, 30_000, 400 * 36 * 10, 400 * 36 * 10),  # 400 epochs of 36 rounds [C]
     "student_optimiser": ("adam", "adam", "sgd", "adam", "sgd"),  # [C]
-    "student_lr":        (3e-3, 3e-3, 0.1, 0.1, 0.1),  # [C]; 1e-2: 94.5 instead of 96.6 (validation images, 2 seeds)
+    "student_lr":        (3e-3, 3e-3, 0.1, 0.1, 0.1),  # [C]; 1e-2: 94.5, not 96.6 (validation, without range)
     "student_decay":     ("cycle", "cycle", "cosine", "cosine", "cosine"),  # [C]
     "decay_every":       (1, 1, 1, 36 * 10, 36 * 10),  # the cosine moves once an epoch [C]
     "eval_every":        (0, 0, 0, 36 * 10, 36 * 10),  # every epoch [P]
@@ -444,10 +444,10 @@ def image_generator(info, args, spectral_norm=False, bound=None):
 
 
 def pixel_range(info, args):
-    """What generated images are kept between with `range` of --ours [I]: black and white.
+    """Black and white, to which the images of G and of the VAE are clamped with `range` of --ours [I]; else None.
 
-    Without it, G draws in a black that is blacker than black, or in negative; T is sure of such images all the same,
-    and S learns from them what no real image asks for.
+    Without it, G may draw darker than black, or dark digits on a bright ground. T is sure of such images all the same,
+    and S learns what no real image needs.
     """
     return data.pixel_range(info, args.device) if "range" in args.ours else None
 
@@ -504,7 +504,8 @@ def feature_model(teacher, args):
 def optimised(objective, count, info, args, run, in_pixels=False):
     """x* = argmin objective(x) by Adam, from Gaussian noise -> x*, the objective's last value.
 
-    `in_pixels`: from noise U[0, 1], and min-max rescaled to [0, 1] before every step, in the range of pixels: ZSKD [C].
+    `in_pixels`: from pixels U[0, 1]; after every step the batch is min-max rescaled to pixels in [0, 1]. ZSKD does so
+    before every step [C].
     What --ours adds or puts in their place [I]: `smooth`, a beginning in weak smooth noise; `range`, images kept in the
     range of pixels; `settle`, an early end; `augment`, objective(augmented x), so that images keep their labels when S
     sees them augmented; `sum`, the gradient of the sum over the batch. `scale` is in soft_target's objective: CE times
@@ -814,8 +815,8 @@ def parser():
     add("--image-batch", type=number(int, 8), metavar="N", help="images that are optimised together")
     add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
-    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions that are on, of "
-        f"{' '.join(OURS)}; for generators: range")  # fmt: skip
+    add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions that are on, none without a "
+        f"name: {' '.join(OURS)}; for generators: range")  # fmt: skip
     add("--layer", choices=("auto", "fc2", "logits"), metavar="NAME",
         help="soft-target models its outputs: auto, fc2, logits")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",

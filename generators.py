@@ -89,7 +89,8 @@ class Generator(nn.Module):
     The second BatchNorm and the third have eps = 0.8: the authors pass it as the second positional argument, where
     torch expects eps and a reader expects momentum. It changes what the network learns, so it is kept [C].
     The last BatchNorm has no affine part and puts the images into the teacher's normalised input space [C].
-    `pixels` = (low, high), (C, 1, 1) each, keeps the images in the range of pixels: real images know no other [I].
+    `pixels` = (low, high), (C, 1, 1) each, is what black and white are: images are clamped to it, and a clamped pixel
+    passes no gradient [I]. None, no bounds, is the authors' code [C].
     The images are float32 at least. What comes before them is bfloat16 where `bf16` is set on the network.
     """
 
