@@ -104,7 +104,7 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "teacher_term":      (True, True, True, True, True),  # [P, C]
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
-# What we add to image synthesis, see `optimised`; `range` to generators, too, see `pixel_range`.
+# What we add to image synthesis, see `optimised`; `range` to generators, too, see `image_bounds`.
 OURS = ("smooth", "range", "settle", "augment", "scale", "sum")
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
@@ -436,15 +436,15 @@ LOOPS = {
 
 def image_generator(info, args, spectral_norm=False, bound=None):
     """G and its optimiser."""
-    pixels = pixel_range(info, args)
+    pixels = image_bounds(info, args)
     G = generators.Generator(args.latent, info.channels, info.size, args.width, spectral_norm, bound, pixels)
     G.bf16 = args.precision == "bf16"
     G.to(args.device, memory_format=torch.channels_last)
     return G, models.adam(G, args.generator_lr)
 
 
-def pixel_range(info, args):
-    """Black and white, to which the images of G and of the VAE are clamped with `range` of --ours [I]; else None.
+def image_bounds(info, args):
+    """Black and white, to which images are clamped with `range` of --ours [I]; else None.
 
     Without it, G may draw darker than black, or dark digits on a bright ground. T is sure of such images all the same,
     and S learns what no real image needs.
@@ -457,7 +457,7 @@ def replay_memory(info, args):
     if args.replay == "bank":
         return replay.Bank(args.bank_size, info.channels, info.size).to(args.device)
     if args.replay == "vae":
-        vae = replay.VAE(args.memory_latent, info.channels, info.size, args.memory_width, pixel_range(info, args))
+        vae = replay.VAE(args.memory_latent, info.channels, info.size, args.memory_width, image_bounds(info, args))
         vae.encoder.bf16 = vae.decoder.bf16 = args.precision == "bf16"
         vae.to(args.device, memory_format=torch.channels_last)
         return replay.PseudoReplay(vae, args.memory_lr, args.latent_lr, args.teacher_term, args.balanced)
@@ -513,7 +513,7 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     """
     ours = args.ours
     mean, std = data.mean_and_std(info, args.device)
-    low, high = data.pixel_range(info, args.device)
+    bounds = image_bounds(info, args)
     shape, constrain = (count, info.channels, info.size, info.size), None
     if "smooth" in ours:
         x = generators.smooth_noise(count, info.channels, info.size, args.device)
@@ -521,8 +521,8 @@ def optimised(objective, count, info, args, run, in_pixels=False):
         x = (torch.rand(shape, device=args.device) - mean) / std
     else:
         x = torch.randn(shape, device=args.device)
-    if "range" in ours:
-        constrain = functools.partial(torch.clamp, min=low, max=high)
+    if bounds:
+        constrain = functools.partial(torch.clamp, min=bounds[0], max=bounds[1])
     elif in_pixels:
         constrain = functools.partial(generators.rescaled, mean=mean, std=std)
 

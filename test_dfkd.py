@@ -1078,6 +1078,10 @@ def test_cifar_files_are_read(tmp_path, name, packed, capsys):
     assert ("not the published file" in capsys.readouterr().out) == packed
 
 
+def mat_header(order):
+    return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(order + "H", 0x100) + (b"IM" if order == "<" else b"MI")
+
+
 def mat_element(order, kind, content, short=False):
     if short:
         tag = struct.pack(order + "I", len(content) << 16 | kind)
@@ -1100,9 +1104,8 @@ def svhn_file(order="<", compressed=True, n=7, labels=None, more=b"", X_flags=9,
     rng = np.random.default_rng(n)
     X = rng.integers(0, 256, (32, 32, 3, n), np.uint8)
     y = rng.integers(1, 11, (n, 1)) if labels is None else np.array(labels).reshape(-1, 1)
-    header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(order + "H", 0x100) + (b"IM" if order == "<" else b"MI")
     first, last = mat_matrix(order, "X", X, 2, compressed, X_flags), mat_matrix(order, "y", y, 9, compressed, y_flags)
-    return X, y, header + first + more + last
+    return X, y, mat_header(order) + first + more + last
 
 
 @pytest.mark.parametrize("order", "<>", ids=["little-endian", "big-endian"])
@@ -1569,9 +1572,8 @@ def made_data_sets(tmp_path_factory):
         records = np.c_[labels, 10 * labels + colour, rgb.reshape(len(rgb), -1)].astype(np.uint8)
         hundred["train.bin" if part == "train" else "test.bin"] = records.tobytes()
         X, y = rgb.transpose(2, 3, 1, 0), np.where(labels == 0, 10, labels)[:, None]
-        header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x100) + b"IM"
         digits["train_32x32.mat" if part == "train" else "test_32x32.mat"] = (
-            header + mat_matrix("<", "X", X, 2, True) + mat_matrix("<", "y", y, 9, True, 6)
+            mat_header("<") + mat_matrix("<", "X", X, 2, True) + mat_matrix("<", "y", y, 9, True, 6)
         )
     write_files(folder / "fashion-mnist", idx_files)
     write_files(folder / data.CIFAR["cifar100"].folder, hundred)
