@@ -5,8 +5,8 @@
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
 #   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds of two hours
-#                                  each; SEEDS="0 1 2": three); cifar10 (where torch sees a GPU, the papers' pairs; else
-#                                  a small pair, two to three hours)
+#                                  each; SEEDS="0 1 2": three); cifar10 (where torch sees a GPU, the papers' pairs;
+#                                  else, or with --device cpu, a small pair, two to three hours)
 #   ./run.sh claims DATA [FLAGS]   RDSKD's claims: its objective in parts, and three methods over ten settings
 #                                  Stop these two at will: the same command goes on.
 #
@@ -65,7 +65,8 @@ row() {
 table() {
     local method memory
     if [ "$data" = cifar10 ]; then
-        if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        if [[ " ${more[*]-} " != *" --device cpu "* ]] &&
+            "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
             natural_on_a_gpu
         else
             natural_on_a_cpu
