@@ -999,9 +999,10 @@ def fill_schedule(args, error):
     if args.loss_weights and len(args.loss_weights) != len(numbers["loss_weights"]):
         usual = len(numbers["loss_weights"])
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
-    foreign = "images" not in numbers and sorted({*(args.ours or ())} - {"range"})
+    without = {"soft-target": set(), "zskd": {"scale"}, "deepinversion": {"scale"}}  # what each lacks of OURS
+    foreign = sorted({*(args.ours or ())} & without.get(args.method, {*OURS} - {"range"}))
     if foreign:
-        error(f"--ours {foreign[0]} means nothing to --method {args.method}, which has range alone")
+        error(f"--ours {foreign[0]} means nothing to --method {args.method}")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
     args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)

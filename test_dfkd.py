@@ -561,7 +561,10 @@ TRACED = {  # flags, with the lengths of the file's lists; the lists of losses; 
 @pytest.mark.skipif(not TRACES, reason="DFKD_TRACES names no file of the authors' traces")
 @pytest.mark.parametrize("method", TRACED)
 def test_trace(monkeypatch, method):
-    """The loop in float64 on the authors' weights and draws shows the authors' losses."""
+    """The loop in float64 on the authors' weights and draws shows the losses of the authors' code.
+
+    PRE-DFKD's trace comes from that code with the text's L_js in it.
+    """
     held = {k: torch.from_numpy(v).double() for k, v in np.load(TRACES).items()}
     draws = [held[k] for k in sorted(held) if k.startswith(method) and "_draw_" in k]
 
@@ -2082,6 +2085,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--teacher dfkd.py --teacher-arch wrn-16-2 --channels 3 --dataset svhn", "--dataset"),
     ("--method zskd --ours magic", "magic"), ("--method noise --ours range", "--ours means nothing"),
     ("--method rdskd --ours range smooth", "--ours smooth means nothing"),
+    ("--method zskd --ours scale", "--ours scale means nothing"),
     ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
