@@ -695,6 +695,8 @@ def svg_samples(pictures, count):
     parts, y, widest = [], 4, 0
     left = 8 + 7 * max(len(name) for name, _ in pictures)
     for name, path in pictures:
+        if not path.exists():
+            raise DataError(f"{path}: no such picture; --method noise makes none, other runs do")
         content = read(path, 2**26)
         try:
             width, height, _, colour = struct.unpack(">IIBB", content[16:26])
@@ -764,13 +766,14 @@ ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
 
 
 def finished(folder):
-    """A run's figures and its curve, [(step, minutes, accuracy), ...], from its result.json and metrics.csv."""
+    """A run's figures, curve, [(step, minutes, accuracy), ...], and settings, from its result.json and metrics.csv."""
     damaged = DataError(f"{folder}: metrics.csv or result.json is damaged; the run's command with --resume writes them")
     try:
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines(), strict=True))
         measured = [row for row in rows if row["accuracy"]]
         curve = [(int(row["step"]), float(row["seconds"]) / 60, float(row["accuracy"])) for row in measured]
         result = json.loads((folder / "result.json").read_text())
+        settings = dict(**result["args"])
         figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
         figures["stored"] = float(result["replay_bytes"]) + float((result.get("transfer_set") or {}).get("bytes", 0))
     except OSError:
@@ -784,12 +787,26 @@ def finished(folder):
     sound = all(0 <= a <= 100 and 0 <= step < 2**53 and 0 <= minutes < 2**53 for step, minutes, a in curve)
     if not sound or not all(0 <= figure < 2**53 for figure in figures.values()) or curve[-1][0] != figures["steps"]:
         raise damaged
-    return figures, curve
+    return figures, curve, settings
 
 
 def without_seed(folder):
     """The name that runs which differ in the seed share: they end in -0, -1, ..."""
-    return re.sub(r"-\d+$", "", Path(folder).name)
+    return re.sub(r"-\d+$", "", Path(folder).absolute().name)
+
+
+def check_seeds(name, settings):
+    """Runs that share a name must share their settings too, but for the seeds, and no seed may count twice."""
+    first, seen = settings[0], set()
+    for other in settings:
+        for key in sorted((first.keys() | other.keys()) - {"seed", "teacher_seed", "teacher_crc", "threads", "device"}):
+            if first.get(key) != other.get(key):
+                values = f"--{key.replace('_', '-')}, {first.get(key)} and {other.get(key)}"
+                raise DataError(f"{name}: runs of one name differ in the seed alone, these in {values}; rename one")
+        seeds = f"--seed {other.get('seed')} --teacher-seed {other.get('teacher_seed')}"
+        if seeds in seen:
+            raise DataError(f"{name}: two runs with {seeds}; give one of them")
+        seen.add(seeds)
 
 
 def results_table(folders):
@@ -802,10 +819,11 @@ def results_table(folders):
         groups.setdefault(without_seed(folder), []).append(finished(folder))
     results, robustness = [], []
     for name, runs in groups.items():
-        mean = {key: statistics.fmean(figures[key] for figures, _ in runs) for key in runs[0][0]}
-        last = [figures["accuracy_last"] for figures, _ in runs]
+        check_seeds(name, [settings for *_, settings in runs])
+        mean = {key: statistics.fmean(figures[key] for figures, *_ in runs) for key in runs[0][0]}
+        last = [figures["accuracy_last"] for figures, *_ in runs]
         deviation = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
-        halves = [[a for *_, a in curve[len(curve) // 2 :]] for _, curve in runs]
+        halves = [[a for *_, a in curve[len(curve) // 2 :]] for _, curve, _ in runs]
         results.append([
             name, f"{mean['teacher_accuracy']:.2f}", f"{mean['accuracy_last']:.2f}{deviation}",
             ", ".join(f"{v:.2f}" for v in last), f"{mean['seconds'] / 60:.1f}", f"{mean['stored'] / 1000:.0f}",

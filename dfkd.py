@@ -23,13 +23,19 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
 
 import argparse
 import functools
+import io
 import json
 import statistics
 import textwrap
 import time
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"dfkd.py: {error}; ./run.sh installs what is needed into .venv, for .venv/bin/python dfkd.py")
 
 import data
 import generators
@@ -570,6 +576,19 @@ class Run:
         if saved["commit"] != self.commit:
             print(f"{self.out}: began with commit {saved['commit']} of this program, goes on with {self.commit}")
 
+    def complete(self):
+        """Whether nothing is left to do: the files of a run with these very settings are there.
+
+        A teacher of --teacher FILE might be another now, and --export writes one more file.
+        """
+        if self.args.teacher or self.args.export or not (self.out / "student.pt").exists():
+            return False
+        try:
+            settings = data.finished(self.out)[2]
+        except data.DataError:
+            return False
+        return self.done.get("student") == self.args.steps == settings.get("steps")
+
     def foreign(self):
         return RunError(f"{self.out}/checkpoint.pt: damaged, or not this version's; begin elsewhere, with --out DIR")
 
@@ -646,8 +665,8 @@ class Run:
         if bad:
             turn, value, name = min(bad, key=lambda found: found[0])  # NaN spreads: the first one tells the most
             where = f"{stage} step {turn * each + 1}" + (f" to {(turn + 1) * each}" if each > 1 else "")
-            kept = "; the last good checkpoint is kept" if self.done else ""
-            raise RunError(f"{name} became {value:.3g} at {where}; try lower learning rates{kept}")
+            kept = f"; the last good checkpoint is kept in {self.out}" if self.done else ""
+            raise RunError(f"{name} became {value:.3g} at {where}; try lower learning rates and another --out{kept}")
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
         self.done[stage] = done
@@ -684,7 +703,7 @@ class Run:
         """Write student.pt and, last of all, result.json -> the result."""
         args, memory, student = self.args, self.kept.get("memory"), self.kept["S"].state_dict()
         if not all(value.isfinite().all() for value in student.values()):
-            raise RunError("the student's weights became NaN in its last steps; try lower learning rates")
+            raise RunError("the student became NaN in its last steps; try lower learning rates and another --out")
         curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
         agreement, diversity = self.compared(self.fresh) if self.fresh else (None, None)
         recalled = self.compared(memory.recall(args.batch, self.teacher) for _ in range(8))[0] if memory else None
@@ -835,7 +854,7 @@ def parser():
 
     add = top.add_argument_group("the teacher that is trained here").add_argument
     add("--teacher-epochs", type=number(int, 1), metavar="N", help="epochs over the real training images")
-    add("--teacher-seed", type=number(int, 0), default=0, metavar="N", help="its seed (default: 0)")
+    add("--teacher-seed", type=number(int, 0), metavar="N", help="its seed (default: 0)")
     add("--teacher-dir", default="runs/teachers", metavar="DIR", help="where trained teachers are kept")
 
     add = top.add_argument_group("the run").add_argument
@@ -846,7 +865,7 @@ def parser():
         help="cpu, cuda, or auto: a GPU if there is one")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), metavar="NAME",
         help="bf16, fp32, or auto: bf16 if the processor has it")
-    add("--threads", type=number(int, 1), metavar="N", help="CPU threads; results depend on them in the last bits")
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU; results depend on it in the last bits")
 
     add = top.add_argument_group("finished runs: distil nothing").add_argument
     add("--plot", nargs="+", metavar="RUN", help="draw accuracies into --out (runs/curves.svg)")
@@ -881,6 +900,8 @@ def parse(argv):
         args.precision = "bf16" if models.fast_bf16(args.device) else "fp32"
     args.threads = args.threads or torch.get_num_threads()
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        top.error(f"--out {args.out}: a file; give a folder")
     return args
 
 
@@ -914,8 +935,12 @@ def name_data(args, error):
         error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
     if args.no_eval and args.method == "kd":
         error("--method kd distils on real images, --no-eval touches none")
-    if args.teacher and not Path(args.teacher).is_file():
+    if args.teacher is not None and not Path(args.teacher).is_file():
         error(f"--teacher {args.teacher}: no file there")
+    for key in ("teacher_epochs", "teacher_seed"):
+        if args.teacher and getattr(args, key) is not None:
+            error(f"{flag(key)} means nothing with --teacher FILE, which is trained")
+    args.teacher_seed = args.teacher_seed or 0
     if args.export and not (args.export.endswith(".pt2") and Path(args.export).parent.is_dir()):
         error(f"--export {args.export}: give a FILE.pt2 in a folder that is there")
     args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS.get(args.dataset)
@@ -937,6 +962,8 @@ def name_networks(args, error):
             error(f"{flag(key)}: {problem}")
         if args.dataset == "own" and key == "teacher_arch":
             args.num_classes = net.classes
+        if args.layer == "fc2" and key == "teacher_arch" and net.modelled != "fc2":
+            error(f"--layer fc2: {arch} has no such layer, only logits")
         if isinstance(net, models.Own) and key == "teacher_arch":
             fit_method(net, args, error)
 
@@ -1024,6 +1051,9 @@ def distil(args):
     print(schedule_text(args), flush=True)
     with data.claimed(out, FILES, args.resume):
         run = Run(args, info)
+        if run.complete():
+            print(f"files      {out}/: the run is finished, nothing is left to do")
+            return
         real, test = None, None
         if args.test:
             test = [v.to(args.device) for v in data.test_set(Path(args.test), info)]
@@ -1128,6 +1158,8 @@ def drawn_runs(args):
 
 def main(argv=None):
     args = parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # --table has Greek letters, which not every encoding has
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
     try:
@@ -1144,7 +1176,8 @@ def main(argv=None):
     except (RunError, models.NetworkError, data.DataError) as error:
         problem, code = str(error), 1
     except OSError as error:
-        problem, code = f"{error.filename or args.out}: {error.strerror or error}", 1
+        out = None if isinstance(error, BrokenPipeError) else args.out
+        problem, code = f"{error.filename or out or 'standard output'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
         known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
         if not known:

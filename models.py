@@ -27,6 +27,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 import zlib
 from pathlib import Path
@@ -522,7 +523,7 @@ def trained(folder, dataset, name, real, info, epochs, seed, precision, show):
 def load(path, name, info, device, precision):
     """The frozen teacher whose state dict is in the file `path`; NetworkError says in one line why it does not fit."""
     state = data.load_tensors(path)
-    for key in ("state_dict", "model"):  # as training scripts save it, beside other things
+    for key in ("state_dict", "model_state_dict", "model", "net"):  # as training scripts save it, beside other things
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     plain = isinstance(state, dict) and all(isinstance(key, str) for key in state)
@@ -541,8 +542,9 @@ def load(path, name, info, device, precision):
     except Exception as error:  # torch's is a headline and a line for each difference; an own network's is anything
         reason = " ".join(str(error).splitlines()[1:2]).strip() or in_one_line(error)
         shape = f"{name} with {info.classes} classes and {info.channels} channels"
-        flags = "--teacher-arch, --num-classes, --channels"
-        raise NetworkError(f"{path}: not a {shape}; see {flags}: {reason[:160]}") from None
+        reason = textwrap.shorten(reason, 160, placeholder=" ...")
+        flags = "--teacher-arch; --dataset, or --num-classes and --channels"
+        raise NetworkError(f"{path}: does not fit {shape}; see {flags}: {reason}") from None
     return net.eval().requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up, the main job and the tests. Works from a fresh clone with a bare Python 3.10 or later.
 #
-#   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS
+#   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS (paths count from this folder)
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
 #   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds of two hours
@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-fail() { echo "run.sh: $1" >&2; exit 1; }
+fail() { echo "run.sh: $1" >&2; exit "${2:-1}"; }
 
 # Whether interpreter $1 can import numpy, a recent torch and the further modules $2.
 has() {
@@ -52,14 +52,14 @@ set_up() {
     has "$python" "$1" || fail "torch does not work in .venv; remove .venv and run again"
 }
 
-# Make one run of a table, unless it is there: its name without the seed, then flags. A stopped one goes on.
-# Each seed has a teacher of its own.
+# Make one run of a table: its name without the seed, then flags. A stopped one goes on, a finished one is left alone,
+# one that began with other flags is refused. Each seed has a teacher of its own.
 row() {
     local name=table-$data-$1-$seed
     shift
     rows+=("runs/$name")
-    [ -f "runs/$name/result.json" ] || "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume \
-        --seed "$seed" --teacher-seed "$seed" "$@" ${more[@]+"${more[@]}"}
+    "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume --seed "$seed" --teacher-seed "$seed" "$@" \
+        ${more[@]+"${more[@]}"}
 }
 
 table() {
@@ -148,7 +148,7 @@ case "${1:-}" in
         data=${2:-} rows=() more=("${@:3}")
         case "$1 $data" in "table glyphs") seeds=0 ;; "table mnist") seeds="0 1 2 3 4" ;; "table cifar10") seeds=0 ;;
             "claims mnist" | "claims glyphs") seeds="0 1 2" ;;
-            *) fail "./run.sh table needs glyphs, mnist or cifar10; ./run.sh claims needs glyphs or mnist" ;;
+            *) fail "./run.sh table needs glyphs, mnist or cifar10; ./run.sh claims needs glyphs or mnist" 2 ;;
         esac
         set_up sys
         for seed in ${SEEDS:-$seeds}; do "$1"; done
@@ -158,5 +158,5 @@ case "${1:-}" in
         set_up sys
         exec "$python" dfkd.py --method rdskd "$@"
         ;;
-    *) fail "unknown job '$1'; the jobs are test, bench, table, claims, or none for the main job" ;;
+    *) fail "unknown job '$1'; the jobs are test, bench, table, claims, or none for the main job" 2 ;;
 esac

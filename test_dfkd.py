@@ -1587,13 +1587,16 @@ def made_data_sets(tmp_path_factory):
 @pytest.mark.parametrize("name, least, arch", [
     ("fashion-mnist", 50, "lenet5"), ("svhn", 30, "wrn-10-1"), ("cifar100", 4, "wrn-10-1"),
 ])  # fmt: skip
-def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, name, least, arch):
+def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, monkeypatch, capsys, name, least, arch):
     flags = f"--dataset {name} --data-dir {made_data_sets} --teacher-arch {arch} --student-arch {arch}"
     flags += f" --teacher-epochs 6 --teacher-dir {tmp_path / 'teachers'} --out {tmp_path / 'a'} --eval-every 12"
     assert dfkd.main(small(flags)) == 0
     result = result_of(tmp_path / "a")
     assert result["dataset"] == name and result["teacher_accuracy"] > least  # chance is 10, for cifar100 1
     assert result["agreement_fresh"] is not None and (tmp_path / "a" / "samples.png").exists()
+    monkeypatch.setattr(data, "load", None)  # a finished run needs nothing
+    assert dfkd.main(small(f"{flags} --resume")) == 0 and "nothing is left to do" in capsys.readouterr().out
+    assert result_of(tmp_path / "a") == result
 
 
 def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path, capsys):
@@ -1869,7 +1872,7 @@ def test_resume_refuses_other_arguments(blind, refused, teacher_file, tmp_path, 
     torch.save({k: v + 1 for k, v in torch.load(teacher_file, weights_only=True).items()}, tmp_path / "other.pt")
     assert "another teacher; give the same" in refused(tmp_path, f"--resume --teacher {tmp_path / 'other.pt'}")
     monkeypatch.setattr(dfkd, "get_teacher", None)  # what the flags say is found before a teacher is trained
-    for flags, words in (("--student-lr 0.5", "--student-lr 0.01, now 0.5; "), ("--teacher-seed 1", "--teacher-seed")):
+    for flags, words in (("--student-lr 0.5", "--student-lr 0.01, now 0.5; "), ("--batch 9", "--batch")):
         assert words in refused(tmp_path, f"--resume {flags}")
 
 
@@ -1906,7 +1909,7 @@ def test_nan_stops_the_run_and_names_the_term(blind, refused, whole, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(module, function, broken)
-        message = rf"{message} step \d+.* lower learning rates; the last good checkpoint is kept"
+        message = rf"{message} step \d+.* lower learning rates and another --out; the last good checkpoint is kept"
         assert re.search(message, refused(tmp_path, flags))
     assert blind(tmp_path, f"{flags} --resume") == 0  # from the last good checkpoint
     assert_same(whole(flags)[0], tmp_path)
@@ -1959,8 +1962,9 @@ def two_runs(tmp_path):
         (tmp_path / name / "metrics.csv").write_bytes(content)
         most = max(accuracy for _, accuracy in curve)
         result = dict(accuracy_last=curve[-1][1], accuracy_max=most, accuracy_mean=50, accuracy_variance=4)
+        settings = dict(seed=len(curve), teacher_seed=0, steps=curve[-1][0], width=64)
         result.update(teacher_accuracy=99, replay_bytes=5000, transfer_set=dict(bytes=24_000), seconds=90,
-                      steps=curve[-1][0])  # fmt: skip
+                      steps=curve[-1][0], args=settings)  # fmt: skip
         (tmp_path / name / "result.json").write_text(json.dumps(result))
     return [tmp_path / name for name in curves]
 
@@ -1983,6 +1987,18 @@ def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
     _, _, result, _, _, _, robustness = capsys.readouterr().out.splitlines()
     assert result == "| <a> | 99.00 | 96.00 ± 5.66 | 100.00, 92.00 | 1.5 | 29 |"
     assert robustness == "| <a> | 96.00 | 50.00 | 4.00 | 94.75 | 3.125 |"
+    command = [sys.executable, dfkd.__file__, "--table", *map(str, two_runs)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert "σ²" in done.stdout.decode()
+
+
+@pytest.mark.parametrize("key, value, words", [("width", 32, "--width, 64 and 32"), ("seed", 4, "--seed 4")])
+def test_table_refuses_a_row_of_runs_that_do_not_belong_together(two_runs, capsys, key, value, words):
+    path = two_runs[1] / "result.json"
+    result = json.loads(path.read_text())
+    result["args"][key] = value
+    path.write_text(json.dumps(result))
+    assert dfkd.main(["--table", *map(str, two_runs)]) == 1 and words in one_line(capsys.readouterr().err)
 
 
 def test_damaged_results_are_drawn_or_refused(two_runs):
@@ -2085,7 +2101,10 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--teacher dfkd.py --teacher-arch wrn-16-2 --channels 3 --dataset svhn", "--dataset"),
     ("--method zskd --ours magic", "magic"), ("--method noise --ours range", "--ours means nothing"),
     ("--method rdskd --ours range smooth", "--ours smooth means nothing"),
-    ("--method zskd --ours scale", "--ours scale means nothing"),
+    ("--method zskd --ours scale", "--ours scale means nothing"), ("--threads 9999", "--threads"),
+    ("--teacher=", "no file"),
+    ("--teacher dfkd.py --teacher-seed 1", "--teacher-seed means nothing"),
+    ("--method soft-target --layer fc2 --teacher-arch wrn-10-1 --student-arch lenet5", "no such layer"),
     ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
@@ -2095,6 +2114,18 @@ def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
     assert exit.value.code == 2
     assert named in one_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        dfkd.parse(["--out", __file__])
+    assert "a file; give a folder" in one_line(capsys.readouterr().err)
+
+
+def test_without_torch_one_line_says_what_to_do():
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, dfkd.__file__], capture_output=True, text=True)
+    assert done.returncode == 1 and ".venv/bin/python" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize("method", dfkd.SCHEDULES)
@@ -2501,7 +2532,8 @@ def test_a_network_does_not_change_its_images_and_imports_what_lies_beside_it(ow
 
 def test_a_teacher_of_another_network(own, tmp_path, capsys):
     assert own[0]("CNN", f"--teacher {own[1]}/thin.pt", tmp_path) == 1
-    assert re.search("thin.pt: not a .*nets.py:CNN with 10 classes and 1 channels", one_line(capsys.readouterr().err))
+    words = "thin.pt: does not fit .*nets.py:CNN with 10 classes and 1 channels"
+    assert re.search(words, one_line(capsys.readouterr().err))
 
 
 X, Y = np.zeros((6, 1, 28, 28), np.uint8), np.arange(6)
