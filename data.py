@@ -761,6 +761,7 @@ def git_commit():
 # ---------------------------------------------------------------- finished runs, as a table
 
 FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes")
+SEEDS = {"seed", "teacher_seed", "teacher_crc"}
 RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
 ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
 
@@ -795,18 +796,17 @@ def without_seed(folder):
     return re.sub(r"-\d+$", "", Path(folder).absolute().name)
 
 
-def check_seeds(name, settings):
-    """Runs that share a name must share their settings too, but for the seeds, and no seed may count twice."""
-    first, seen = settings[0], set()
-    for other in settings:
-        for key in sorted((first.keys() | other.keys()) - {"seed", "teacher_seed", "teacher_crc", "threads", "device"}):
-            if first.get(key) != other.get(key):
-                values = f"--{key.replace('_', '-')}, {first.get(key)} and {other.get(key)}"
-                raise DataError(f"{name}: runs of one name differ in the seed alone, these in {values}; rename one")
-        seeds = f"--seed {other.get('seed')} --teacher-seed {other.get('teacher_seed')}"
+def check_seeds(runs):
+    """The runs of a row, {folder: settings}, must share these, but for the seeds; no seed may count twice."""
+    seen, (first, expected) = {}, next(iter(runs.items()))
+    for folder, settings in runs.items():
+        for key in sorted((expected.keys() | settings.keys()) - SEEDS - {"threads", "device"}):
+            if expected.get(key) != settings.get(key):
+                raise DataError(f"{first} and {folder}: their names differ in the seed alone, the runs in {key!r}")
+        seeds = str([settings.get(key) for key in ("seed", "teacher_seed")])
         if seeds in seen:
-            raise DataError(f"{name}: two runs with {seeds}; give one of them")
-        seen.add(seeds)
+            raise DataError(f"{seen[seeds]} and {folder}: the same run twice, with the same seeds; give one of them")
+        seen[seeds] = folder
 
 
 def results_table(folders):
@@ -816,10 +816,11 @@ def results_table(folders):
     """
     groups = {}
     for folder in map(Path, dict.fromkeys(folders)):
-        groups.setdefault(without_seed(folder), []).append(finished(folder))
+        groups.setdefault(without_seed(folder), {})[folder] = finished(folder)
     results, robustness = [], []
-    for name, runs in groups.items():
-        check_seeds(name, [settings for *_, settings in runs])
+    for name, group in groups.items():
+        check_seeds({folder: settings for folder, (*_, settings) in group.items()})
+        runs = list(group.values())
         mean = {key: statistics.fmean(figures[key] for figures, *_ in runs) for key in runs[0][0]}
         last = [figures["accuracy_last"] for figures, *_ in runs]
         deviation = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""

@@ -1992,7 +1992,7 @@ def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
     assert "σ²" in done.stdout.decode()
 
 
-@pytest.mark.parametrize("key, value, words", [("width", 32, "--width, 64 and 32"), ("seed", 4, "--seed 4")])
+@pytest.mark.parametrize("key, value, words", [("width", 32, "'width'"), ("seed", 4, "the same seeds")])
 def test_table_refuses_a_row_of_runs_that_do_not_belong_together(two_runs, capsys, key, value, words):
     path = two_runs[1] / "result.json"
     result = json.loads(path.read_text())
@@ -2224,7 +2224,7 @@ def test_bad_teacher_files(refused, content, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""], ids=["DataParallel", "plain"])
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "net"])
 def test_state_dicts_as_others_save_them_just_load(tmp_path, prefix, key):
     state = {f"{prefix}{k}": v for k, v in LENET.items()}
     torch.save({key: state, "epoch": 3} if key else state, tmp_path / "teacher.pt")
@@ -2235,17 +2235,12 @@ def test_state_dicts_as_others_save_them_just_load(tmp_path, prefix, key):
 
 @pytest.mark.parametrize("flags, words", [
     ("--dataset mnist --data-dir {0}", "train-images-idx3-ubyte: begins with nothing"),
-    ("--method soft-target --layer fc2 --teacher {0}/own.pt --teacher-arch wrn-10-1 --channels 3 "
-     "--student-arch wrn-10-1", "only 'logits'"),
-    ("--out {0}/own.pt", "own.pt"), ("--out /proc/dfkd", "/proc/dfkd"),  # folders that cannot be made
+    ("--out /proc/dfkd", "/proc/dfkd"),  # a folder that cannot be made
 ])  # fmt: skip
 def test_what_is_found_wrong_later_is_one_line(command, tmp_path, flags, words, capsys):
     write_files(tmp_path / "mnist", {"train-images-idx3-ubyte": b""})
-    torch.save(models.build("wrn-10-1", 10, 3).state_dict(), tmp_path / "own.pt")
-    own = (tmp_path / "own.pt").read_bytes()
     assert command("out", flags.format(tmp_path)) == 1
     assert words in one_line(capsys.readouterr().err)
-    assert (tmp_path / "own.pt").read_bytes() == own
 
 
 # ---------------------------------------------------------------- the house
