@@ -761,7 +761,7 @@ def git_commit():
 # ---------------------------------------------------------------- finished runs, as a table
 
 FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes")
-SEEDS = {"seed", "teacher_seed", "teacher_crc"}
+MAY_DIFFER = {"seed", "teacher_seed", "teacher_crc", "threads", "device"}  # between the runs of one row
 RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
 ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
 
@@ -797,10 +797,10 @@ def without_seed(folder):
 
 
 def check_seeds(runs):
-    """The runs of a row, {folder: settings}, must share these, but for the seeds; no seed may count twice."""
+    """The runs of a row, {folder: settings}, must share what may not differ, and no seed may count twice."""
     seen, (first, expected) = {}, next(iter(runs.items()))
     for folder, settings in runs.items():
-        for key in sorted((expected.keys() | settings.keys()) - SEEDS - {"threads", "device"}):
+        for key in sorted((expected.keys() | settings.keys()) - MAY_DIFFER):
             if expected.get(key) != settings.get(key):
                 raise DataError(f"{first} and {folder}: their names differ in the seed alone, the runs in {key!r}")
         seeds = str([settings.get(key) for key in ("seed", "teacher_seed")])

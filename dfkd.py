@@ -581,13 +581,13 @@ class Run:
 
         A teacher of --teacher FILE might be another now, and --export writes one more file.
         """
-        if self.args.teacher or self.args.export or not (self.out / "student.pt").exists():
+        if self.args.teacher or self.args.export or self.done.get("student") != self.args.steps:
             return False
         try:
-            settings = data.finished(self.out)[2]
+            data.finished(self.out)
         except data.DataError:
             return False
-        return self.done.get("student") == self.args.steps == settings.get("steps")
+        return (self.out / "student.pt").exists()
 
     def foreign(self):
         return RunError(f"{self.out}/checkpoint.pt: damaged, or not this version's; begin elsewhere, with --out DIR")

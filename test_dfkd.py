@@ -2116,10 +2116,13 @@ def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_out_that_is_a_file_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        dfkd.parse(["--out", __file__])
-    assert "a file; give a folder" in one_line(capsys.readouterr().err)
+def test_out_that_is_a_file_is_refused_and_kept(tmp_path, capsys):
+    path = tmp_path / "own.pt"
+    path.write_bytes(b"mine")
+    with pytest.raises(SystemExit) as exit:
+        dfkd.main(["--out", str(path)])
+    assert exit.value.code == 2 and "own.pt: a file; give a folder" in one_line(capsys.readouterr().err)
+    assert path.read_bytes() == b"mine"
 
 
 def test_without_torch_one_line_says_what_to_do():
@@ -2224,7 +2227,7 @@ def test_bad_teacher_files(refused, content, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""], ids=["DataParallel", "plain"])
-@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "net"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model", "net"])
 def test_state_dicts_as_others_save_them_just_load(tmp_path, prefix, key):
     state = {f"{prefix}{k}": v for k, v in LENET.items()}
     torch.save({key: state, "epoch": 3} if key else state, tmp_path / "teacher.pt")
