@@ -764,6 +764,8 @@ FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean",
 MAY_DIFFER = {"seed", "teacher_seed", "teacher_crc", "threads", "device"}  # between the runs of one row
 RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
 ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
+SAMPLES = "run | difference within a class | agreement, fresh images | deviation of L_oh | of L_ie"
+IMAGES = {"diversity": 3, "agreement_fresh": 1, "L_oh deviation": 4, "L_ie deviation": 4}  # and their decimals
 
 
 def finished(folder):
@@ -777,6 +779,13 @@ def finished(folder):
         settings = dict(**result["args"])
         figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
         figures["stored"] = float(result["replay_bytes"]) + float((result.get("transfer_set") or {}).get("bytes", 0))
+        for key in ("diversity", "agreement_fresh"):
+            if result.get(key) is not None:  # kd and noise have no synthetic images
+                figures[key] = float(result[key])
+        trained = [row for row in rows if row.get("stage") == "generator"]  # before S: RDSKD
+        for key in ("L_oh", "L_ie"):
+            if len(trained) > 3:
+                figures[f"{key} deviation"] = statistics.stdev(float(row[key]) for row in trained[len(trained) // 2 :])
     except OSError:
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error):
@@ -810,18 +819,20 @@ def check_seeds(runs):
 
 
 def results_table(folders):
-    """Two tables in Markdown, with a row for each group of runs that differ in the seed only.
+    """Three tables in Markdown, with a row for each group of runs that differ in the seed only: means over the seeds.
 
-    The first has the last step's student, the second what PRE-DFKD reports of all evaluations: means over the seeds.
+    The first has the last step's student, the second what PRE-DFKD reports of all evaluations. The third is about the
+    synthetic images, and how much L_oh and L_ie of an RDSKD generator vary in the second half of its training.
     """
     groups = {}
     for folder in map(Path, dict.fromkeys(folders)):
         groups.setdefault(without_seed(folder), {})[folder] = finished(folder)
-    results, robustness = [], []
+    results, robustness, samples = [], [], []
     for name, group in groups.items():
         check_seeds({folder: settings for folder, (*_, settings) in group.items()})
         runs = list(group.values())
-        mean = {key: statistics.fmean(figures[key] for figures, *_ in runs) for key in runs[0][0]}
+        known = set.intersection(*(set(figures) for figures, *_ in runs))
+        mean = {key: statistics.fmean(figures[key] for figures, *_ in runs) for key in known}
         last = [figures["accuracy_last"] for figures, *_ in runs]
         deviation = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
         halves = [[a for *_, a in curve[len(curve) // 2 :]] for _, curve, _ in runs]
@@ -834,7 +845,10 @@ def results_table(folders):
             f"{statistics.fmean(map(statistics.fmean, halves)):.2f}",
             f"{statistics.fmean(map(statistics.pvariance, halves)):.3f}",
         ])  # fmt: skip
-    return f"{markdown(RESULTS, results)}\n\n{markdown(ROBUSTNESS, robustness)}"
+        cells = [f"{mean[key]:.{digits}f}" if key in mean else "–" for key, digits in IMAGES.items()]
+        samples.append([name, *cells])
+    tables = (RESULTS, results), (ROBUSTNESS, robustness), (SAMPLES, samples)
+    return "\n\n".join(markdown(*table) for table in tables)
 
 
 def markdown(headings, rows):

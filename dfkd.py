@@ -31,16 +31,15 @@ import time
 from pathlib import Path
 
 try:
+    import data  # first: it asks for numpy, without which torch would only warn
+    import generators
+    import models
+    import replay
     import torch
 except ImportError as error:
     if __name__ != "__main__":
         raise
     sys.exit(f"dfkd.py: {error}; ./run.sh installs what is needed into .venv, for .venv/bin/python dfkd.py")
-
-import data
-import generators
-import models
-import replay
 
 # ---------------------------------------------------------------- schedules
 
@@ -573,8 +572,6 @@ class Run:
                 raise RunError(f"{self.out}: began with {flag(key)} {before.get(key)}, now {now.get(key)}; "
                                f"give the same to resume")  # fmt: skip
         self.saved, self.done, self.rows = saved, saved["done"], saved["rows"]
-        if saved["commit"] != self.commit:
-            print(f"{self.out}: began with commit {saved['commit']} of this program, goes on with {self.commit}")
 
     def complete(self):
         """Whether nothing is left to do: the files of a run with these very settings are there.
@@ -598,6 +595,8 @@ class Run:
         self.settings["teacher_crc"] = models.crc(teacher)
         if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
             raise RunError(f"{self.out}: began with another teacher; give the same to resume")
+        if self.saved and self.saved["commit"] != self.commit:
+            print(f"{self.out}: began with commit {self.saved['commit']} of this program, goes on with {self.commit}")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
 
     def keep(self, **parts):

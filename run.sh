@@ -7,7 +7,8 @@
 #   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds of two hours
 #                                  each; SEEDS="0 1 2": three); cifar10 (where torch sees a GPU, the papers' pairs;
 #                                  else, or with --device cpu, a small pair, two to three hours)
-#   ./run.sh claims DATA [FLAGS]   RDSKD's claims: its objective in parts, and three methods over ten settings
+#   ./run.sh claims DATA [FLAGS]   RDSKD's objective and PRE-DFKD's memory in parts (three seeds), and three methods
+#                                  over ten settings (one seed): two and a half hours
 #                                  Stop these two at will: the same command goes on.
 #
 # torch 2.6 is the first whose torch.load(weights_only=True) is safe with hostile files (CVE-2025-32434).
@@ -78,8 +79,6 @@ table() {
     [ "$data" = mnist ] || return 0
     row soft-target-logits --method soft-target --layer logits
     row dafl-vae --method dafl --replay vae
-    row pre-no-teacher-term --method pre --no-teacher-term
-    row pre-no-balanced --method pre --no-balanced
     for memory in none bank vae; do  # G's classes may collapse, S's rate never falls, any pixel value
         row drift-$memory --method pre --replay $memory --loss-weights 1 0 0 --generator-lr 0.2 --student-lr 2e-3 \
             --student-decay none --steps 3000 --ours
@@ -110,17 +109,22 @@ natural_on_a_cpu() {
 }
 
 claims() {
-    local method setting
+    local method setting name
     local budget=(--generator-steps 600 --steps 3000)
     row claim-exp --method rdskd "${budget[@]}"
     row claim-sum --method rdskd "${budget[@]}" --penalty sum
     row claim-no-oh --method rdskd "${budget[@]}" --terms ie ds
     row claim-no-ie --method rdskd "${budget[@]}" --terms oh ds
     row claim-no-ds --method rdskd "${budget[@]}" --terms oh ie
+    row claim-pre-vae --method pre --steps 3000
+    row claim-pre-none --method pre --steps 3000 --replay none
+    row claim-pre-no-teacher-term --method pre --steps 3000 --no-teacher-term
+    row claim-pre-no-balanced --method pre --steps 3000 --no-balanced
     [ "$seed" = 0 ] || return 0
     for setting in "" "--latent 50" "--latent 200" "--batch 32" "--batch 128" "--temperature 4" "--temperature 20"; do
-        row "robust-rdskd${setting//[ -]/}" --method rdskd "${budget[@]}" $setting
-        for method in dafl mskd; do row "robust-$method${setting//[ -]/}" --method $method --steps 3000 $setting; done
+        name=${setting:+-${setting//[ -]/}}
+        row "robust-rdskd$name" --method rdskd "${budget[@]}" $setting
+        for method in dafl mskd; do row "robust-$method$name" --method $method --steps 3000 $setting; done
     done
     for setting in 0.0005 0.002; do
         row robust-rdskd-lr$setting --method rdskd "${budget[@]}" --generator-lr $setting
@@ -132,6 +136,21 @@ claims() {
         done
         row robust-$method-width24 --method $method --steps 3000 --width 24
     done
+}
+
+# Of a printed table's rows robust-METHOD-...: each method's mean, deviation and worst student over its settings.
+over_settings() {
+    awk -F' [|] ' '
+        match($1, /robust-[a-z]+/) && !seen[$1]++ {  # the first of the tables
+            method = substr($1, RSTART, RLENGTH); x = $3 + 0
+            n[method]++; sum[method] += x; squares[method] += x * x
+            if (n[method] == 1 || x < worst[method]) worst[method] = x
+        }
+        END {
+            for (m in n) if (n[m] > 1)
+                printf "%s: student %.2f ± %.2f, worst %.2f, over %d settings\n", m, sum[m] / n[m],
+                    sqrt((squares[m] - sum[m] ^ 2 / n[m]) / (n[m] - 1)), worst[m], n[m]
+        }' | sort
 }
 
 case "${1:-}" in
@@ -152,7 +171,9 @@ case "${1:-}" in
         esac
         set_up sys
         for seed in ${SEEDS:-$seeds}; do "$1"; done
-        "$python" dfkd.py --table "${rows[@]}"
+        figures=$("$python" dfkd.py --table "${rows[@]}")
+        echo "$figures"
+        over_settings <<<"$figures"
         ;;
     "" | -*)
         set_up sys

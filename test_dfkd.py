@@ -1958,13 +1958,14 @@ def two_runs(tmp_path):
     for name, curve in curves.items():
         (tmp_path / name).mkdir()
         rows = [dict(stage="student", step=step, accuracy=a, seconds=2 * step, L_kd=0.5) for step, a in curve]
-        content = data.csv_rows([dict(stage="generator", step=5, L_G=2.5), *rows])
+        before = [dict(stage="generator", step=5 * i, L_oh=x, L_ie=2 * x) for i, x in enumerate((9, 7, 0.1, 0.3), 1)]
+        content = data.csv_rows([*before, *rows])
         (tmp_path / name / "metrics.csv").write_bytes(content)
         most = max(accuracy for _, accuracy in curve)
         result = dict(accuracy_last=curve[-1][1], accuracy_max=most, accuracy_mean=50, accuracy_variance=4)
         settings = dict(seed=len(curve), teacher_seed=0, steps=curve[-1][0], width=64)
         result.update(teacher_accuracy=99, replay_bytes=5000, transfer_set=dict(bytes=24_000), seconds=90,
-                      steps=curve[-1][0], args=settings)  # fmt: skip
+                      steps=curve[-1][0], args=settings, diversity=1 / len(curve), agreement_fresh=None)  # fmt: skip
         (tmp_path / name / "result.json").write_text(json.dumps(result))
     return [tmp_path / name for name in curves]
 
@@ -1984,9 +1985,10 @@ def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
 
 def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
     assert dfkd.main(["--table", *map(str, two_runs)]) == 0
-    _, _, result, _, _, _, robustness = capsys.readouterr().out.splitlines()
+    _, _, result, _, _, _, robustness, _, _, _, samples = capsys.readouterr().out.splitlines()
     assert result == "| <a> | 99.00 | 96.00 ± 5.66 | 100.00, 92.00 | 1.5 | 29 |"
     assert robustness == "| <a> | 96.00 | 50.00 | 4.00 | 94.75 | 3.125 |"
+    assert samples == "| <a> | 0.375 | – | 0.1414 | 0.2828 |"  # of 0.1, 0.3: the first half is left out
     command = [sys.executable, dfkd.__file__, "--table", *map(str, two_runs)]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert "σ²" in done.stdout.decode()
@@ -2125,8 +2127,9 @@ def test_out_that_is_a_file_is_refused_and_kept(tmp_path, capsys):
     assert path.read_bytes() == b"mine"
 
 
-def test_without_torch_one_line_says_what_to_do():
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+@pytest.mark.parametrize("package", ["torch", "numpy"])
+def test_without_torch_or_numpy_one_line_says_what_to_do(package):
+    code = f"import runpy, sys; sys.modules['{package}'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, dfkd.__file__], capture_output=True, text=True)
     assert done.returncode == 1 and ".venv/bin/python" in one_line(done.stderr)
 
