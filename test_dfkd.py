@@ -1595,7 +1595,10 @@ def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, 
     assert result["dataset"] == name and result["teacher_accuracy"] > least  # chance is 10, for cifar100 1
     assert result["agreement_fresh"] is not None and (tmp_path / "a" / "samples.png").exists()
     monkeypatch.setattr(data, "load", None)  # a finished run needs nothing
-    assert dfkd.main(small(f"{flags} --resume")) == 0 and "nothing is left to do" in capsys.readouterr().out
+    monkeypatch.setattr(data, "git_commit", lambda: "later")
+    assert dfkd.main(small(f"{flags} --resume")) == 0
+    said = capsys.readouterr().out
+    assert "nothing is left to do" in said and "goes on with" not in said
     assert result_of(tmp_path / "a") == result
 
 
