@@ -715,6 +715,13 @@ def svg_samples(pictures, count):
     return "\n".join([head, *parts, "</svg>\n"]).encode()
 
 
+def ticks(low, high):
+    """Round numbers from low to high for an axis, two to six of them."""
+    steps = (digit * 10.0**power for power in range(-9, 16) for digit in (1, 2, 5))
+    step = next(step for step in steps if (high - low) / step < 6)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def svg_curves(runs, x_label="student step"):
     """Curves in percent, [(name, [(x, y), ...]), ...], as the bytes of one SVG picture.
 
@@ -729,7 +736,13 @@ def svg_curves(runs, x_label="student step"):
     colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999"))
 
     def place(x, y):
-        return f"{50 + (width - 60) * x / (last or 1):.1f},{20 + (height - 50) * (top - y) / (top - bottom):.1f}"
+        return f"{right(x):.1f},{down(y):.1f}"
+
+    def right(x):
+        return 50 + (width - 60) * x / (last or 1)
+
+    def down(y):
+        return 20 + (height - 50) * (top - y) / (top - bottom)
 
     def label(x, y, text, more=""):
         return f'<text x="{x}" y="{y}" {more}text-anchor="end">{html.escape(text)}</text>'
@@ -738,8 +751,11 @@ def svg_curves(runs, x_label="student step"):
              'font-size="12">', '<rect width="100%" height="100%" fill="white"/>',
              f'<clipPath id="axes"><rect x="50" y="15" width="{width - 55}" height="{height - 45}"/></clipPath>',
              f'<path d="M50 20V{height - 30}H{width - 10}" fill="none" stroke="#888"/>',
-             label(45, 24, f"{top:.1f} %"), label(45, height - 30, f"{bottom:.1f} %"),
-             label(width - 10, height - 12, f"{x_label} {round(last, 1)}")]  # fmt: skip
+             label(width - 10, height - 2, x_label)]  # fmt: skip
+    for y in ticks(bottom, top):
+        parts.append(f'<path d="M50 {down(y):.1f}H{width - 10}" stroke="#ddd"/>')
+        parts.append(label(45, f"{down(y) + 4:.1f}", f"{y:.10g} %"))
+    parts += [label(f"{right(x) + 4:.1f}", height - 15, f"{x:.10g}") for x in ticks(0, last)]
     groups = dict(zip(dict.fromkeys(name for name, _ in runs), colours))
     for name, run in runs:
         points = " ".join(place(*point) for point in run)

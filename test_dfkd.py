@@ -1423,7 +1423,14 @@ def test_curves_share_colours_and_labels():
     assert [len(line.get("points").split()) for line in lines] == [3, 1, 1]
     assert lines[0].get("points").split()[-1] == "630.0,20.0"  # the highest at the last step: the upper right corner
     assert lines[0].get("stroke") == lines[2].get("stroke") != lines[1].get("stroke")
-    assert [e.text for e in picture.findall("{*}text")] == ["100.0 %", "45.0 %", "T queries 40", "<a>", "b"]
+    texts = [e.text for e in picture.findall("{*}text")]
+    assert texts == ["T queries", *(f"{y} %" for y in range(50, 101, 10)), "0", "10", "20", "30", "40", "<a>", "b"]
+
+
+@pytest.mark.parametrize("low, high", [(0, 0), (97.0, 99.2), (0, 7.53), (-4, 100), (0, 144_000), (0, 2**53), (50, 50.02)])
+def test_the_ticks_of_an_axis_are_few_and_within_it(low, high):
+    found = data.ticks(low, high)
+    assert 2 - (low == high) <= len(found) <= 6 and all(low <= x <= high * (1 + 1e-9) for x in found)
 
 
 def test_samples_of_runs_in_one_picture(tmp_path):
