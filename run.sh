@@ -85,12 +85,18 @@ table() {
     done
 }
 
+# The papers' pairs. ResNet-34 and AlexNet are PRE-DFKD's and soft-target synthesis's, WRN that of later comparisons.
 natural_on_a_gpu() {
-    local method pair
-    for pair in "resnet34 resnet18" "wrn-40-2 wrn-16-1"; do
-        for method in pre rdskd soft-target dafl; do
-            row "${pair// /-}-$method" --teacher-arch "${pair% *}" --student-arch "${pair#* }" --method $method
-        done
+    local method memory layer
+    for memory in vae bank none; do row resnet-pre-$memory --teacher-arch resnet34 --method pre --replay $memory; done
+    for method in soft-target dafl rdskd deepinversion kd; do
+        row resnet-$method --teacher-arch resnet34 --method $method
+    done
+    for method in deepinversion dafl zskd pre rdskd soft-target kd; do
+        row wrn-$method --teacher-arch wrn-40-2 --method $method
+    done
+    for layer in fc2 logits; do
+        row alexnet-soft-target-$layer --teacher-arch alexnet --method soft-target --layer $layer
     done
 }
 
