@@ -2611,6 +2611,23 @@ def test_the_readmes_own_network_is_distilled_as_it_stands(tmp_path, monkeypatch
     models.module_of(Path("net.py").resolve()).small().load_state_dict(torch.load("runs/net/student.pt"))
 
 
+# ---------------------------------------------------------------- ./run.sh table, ./run.sh claims
+
+
+@pytest.mark.parametrize("job", ["table glyphs", "table mnist", "table cifar10", "table cifar10 --device cpu",
+                                 "claims mnist"])  # fmt: skip
+def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job):
+    """`python` is a script here that notes how it is called and sees a GPU."""
+    python, noted = tmp_path / "python", tmp_path / "noted"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$@" >> "{noted}"\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "SEEDS": ""}
+    subprocess.run([HERE / "run.sh", *job.split()], env=env, check=True)
+    *rows, table = [line.split()[1:] for line in noted.read_text().splitlines()]
+    folders = [dfkd.parse([*row, "--device", "cpu"]).out for row in rows]
+    assert table == ["--table", *folders] and len(set(folders)) == len(folders) >= 10
+
+
 # ---------------------------------------------------------------- ./run.sh bench
 
 
