@@ -1431,7 +1431,7 @@ def test_curves_share_colours_and_labels():
     assert texts == ["T queries", *(f"{y} %" for y in range(50, 101, 10)), "0", "10", "20", "30", "40", "<a>", "b"]
 
 
-@pytest.mark.parametrize("low, high", [(0, 0), (97.0, 99.2), (0, 7.53), (-4, 100), (0, 144_000), (0, 2**53), (50, 50.02)])
+@pytest.mark.parametrize("low, high", [(0, 0), (97.0, 99.2), (0, 7.53), (-4, 100), (0, 2**53), (50, 50.02)])
 def test_the_ticks_of_an_axis_are_few_and_within_it(low, high):
     found = data.ticks(low, high)
     assert 2 - (low == high) <= len(found) <= 6 and all(low <= x <= high * (1 + 1e-9) for x in found)
