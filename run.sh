@@ -4,11 +4,11 @@
 #   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS (paths count from this folder)
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
-#   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds of two hours
+#   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds of 90 minutes
 #                                  each; SEEDS="0 1 2": three); cifar10 (where torch sees a GPU, the papers' pairs;
 #                                  else, or with --device cpu, a small pair, two to three hours)
 #   ./run.sh claims DATA [FLAGS]   RDSKD's objective and PRE-DFKD's memory in parts (three seeds), and three methods
-#                                  over ten settings (one seed): two and a half hours
+#                                  over ten settings (one seed): over two hours
 #                                  Stop these two at will: the same command goes on.
 #
 # torch 2.6 is the first whose torch.load(weights_only=True) is safe with hostile files (CVE-2025-32434).
