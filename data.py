@@ -796,7 +796,7 @@ def finished(folder):
         figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
         figures["stored"] = float(result["replay_bytes"]) + float((result.get("transfer_set") or {}).get("bytes", 0))
         for key in ("diversity", "agreement_fresh"):
-            if result.get(key) is not None:  # kd and noise have no synthetic images
+            if result.get(key) is not None:  # kd has no synthetic images
                 figures[key] = float(result[key])
         trained = [row for row in rows if row.get("stage") == "generator"]  # before S: RDSKD
         for key in ("L_oh", "L_ie"):
