@@ -153,9 +153,11 @@ over_settings() {
             if (n[method] == 1 || x < worst[method]) worst[method] = x
         }
         END {
-            for (m in n) if (n[m] > 1)
+            for (m in n) if (n[m] > 1) {
+                variance = (squares[m] - sum[m] ^ 2 / n[m]) / (n[m] - 1)  # rounding may take 0 below 0
                 printf "%s: student %.2f ± %.2f, worst %.2f, over %d settings\n", m, sum[m] / n[m],
-                    sqrt((squares[m] - sum[m] ^ 2 / n[m]) / (n[m] - 1)), worst[m], n[m]
+                    sqrt(variance > 0 ? variance : 0), worst[m], n[m]
+            }
         }' | sort
 }
 
