@@ -799,8 +799,8 @@ def finished(folder):
             if result.get(key) is not None:  # kd has no synthetic images
                 figures[key] = float(result[key])
         trained = [row for row in rows if row.get("stage") == "generator"]  # before S: RDSKD
-        for key in ("L_oh", "L_ie"):
-            if len(trained) > 3:
+        if len(trained) > 3:
+            for key in ("L_oh", "L_ie"):
                 figures[f"{key} deviation"] = statistics.stdev(float(row[key]) for row in trained[len(trained) // 2 :])
     except OSError:
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None

@@ -554,7 +554,7 @@ TRACED = {  # flags, with the lengths of the file's lists; the lists of losses; 
     "dafl": ("--steps {dafl_L_kd} --student-steps 1 --temperature 1 --loss-weights 1 5 0.1",
              ("dafl_L_G", "dafl_L_kd"), [1e-9]),
     "pre": ("--steps {pre_L_kd} --student-steps 5 --loss-weights 1 5 0.1 --latent-lr 0.02 "
-            "--memory-latent {pre_E.fc_mu.weight} --memory-width 128", PRE_LISTS, [1e-4, 5e-3, 2e-2]),
+            "--memory-latent {memory_latent} --memory-width 128", PRE_LISTS, [1e-4, 5e-3, 2e-2]),
 }  # fmt: skip
 
 
@@ -566,8 +566,9 @@ def test_trace(monkeypatch, method):
     PRE-DFKD's trace comes from that code with the text's L_js in it.
     """
     held = {k: torch.from_numpy(v).double() for k, v in np.load(TRACES).items()}
-    numbered = [(*k.split("_draw_"), k) for k in held if k.startswith(method) and "_draw_" in k]
-    draws = [held[k] for _, _, k in sorted(numbered, key=lambda found: (found[0], int(found[1])))]  # 99 before 100
+    names = (k.rpartition("_") for k in held if k.startswith(method) and "_draw_" in k)
+    names = sorted(names, key=lambda name: (name[0], int(name[2])))  # 99 before 100
+    draws = [held["".join(name)] for name in names]
     batch, latent = draws[-1 if method == "rdskd" else 0].shape  # RDSKD begins with half batches
 
     def set_weights(net, prefix, names):
@@ -611,8 +612,7 @@ def test_trace(monkeypatch, method):
     fixed = f"--batch {batch} --latent {latent} --width 128 --precision fp32 --device cpu --generator-lr 1e-3"
     fixed += " --student-optimiser adam --student-lr 2e-3 --student-decay none --ours"
     lengths = {name: len(values) for name, values in held.items()}
-    for name, length in lengths.items():
-        flags = flags.replace(f"{{{name}}}", str(length))
+    flags = flags.format(**lengths, memory_latent=lengths.get("pre_E.fc_mu.weight"))
     args = dfkd.parse(f"--method {method} {fixed} {flags}".split())
     teacher, student = two_layers(f"{method}_teacher").requires_grad_(False), two_layers(f"{method}_student")
     recorder = Recorder()
