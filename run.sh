@@ -100,7 +100,7 @@ natural_on_a_gpu() {
     done
 }
 
-# A small pair and 2,000 steps, so that all of it fits into three hours on one core.
+# A small pair and 2,000 steps, so that all of it fits into three hours on two cores.
 natural_on_a_cpu() {
     local method memory
     local pair=(--teacher-arch wrn-16-2 --teacher-epochs 10 --steps 2000)
