@@ -125,37 +125,11 @@ ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "student_decay":     ("cycle", "cycle", "cycle", "none", "none"),  # [C]
     "eval_every":        (0, 0, 0, 0, 0),  # [I]
 }
-SOFT_TARGET = {
+SOFT_TARGET = ZSKD | {  # where nothing is said here, as ZSKD [I]; its temperature is that of the soft labels, too [P]
     "layer":             ("auto", "auto", "auto", "auto", "auto"),  # FC-2 where there is one [P], else the logits [I]
     "sigma":             ("auto", "auto", "auto", 1.5, 2.0),  # [P]
     "loss_weights":      ((0.05,), (0.05,), (0.05,), (0.05,), (0.1,)),  # lambda_a: LeNet-5, AlexNet [P]; ResNet [I]
-    "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # as ZSKD, and so is all below [I]
-    "image_batch":       (500, 500, 500, 100, 100),
-    "image_steps":       (100, 100, 100, 1500, 1500),
-    "image_lr":          (0.1, 0.1, 0.1, 3.2e-3, 5e-3),
     "ours":              (OURS, OURS, OURS, (), ()),
-    "temperature":       (20.0, 20.0, 20.0, 20.0, 20.0),  # of the soft labels [P], of L_kd [I]
-    "batch":             (64, 64, 256, 64, 64),
-    "steps":             (20_000, 20_000, 20_000, 500 * 24_000 // 64, 500 * 40_000 // 64),
-    "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),
-    "student_lr":        (1e-2, 1e-2, 2e-3, 1e-3, 1e-3),
-    "student_decay":     ("cycle", "cycle", "cycle", "none", "none"),
-    "eval_every":        (0, 0, 0, 0, 0),  # [I]
-}
-DEEPINVERSION = {  # the authors' numbers are for CIFAR-10
-    "loss_weights":      ((1e-3, 0.0, 10.0),) * 5,  # alpha_tv, alpha_2, alpha_f [C]
-    "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # [I]
-    "image_batch":       (256, 256, 256, 256, 256),  # [C]
-    "image_steps":       (100, 100, 500, 2000, 2000),  # [C]; 150 leave 39 % of CIFAR images outside their class
-    "image_lr":          (0.1, 0.1, 0.1, 0.1, 0.1),  # [C]
-    "ours":              (("smooth", "range", "settle", "sum"),) * 3 + ((), ()),
-    "temperature":       (20.0, 20.0, 20.0, 20.0, 20.0),  # [I], and all below
-    "batch":             (64, 64, 256, 64, 256),
-    "steps":             (20_000, 20_000, 20_000, 60_000, 60_000),
-    "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),
-    "student_lr":        (1e-2, 1e-2, 2e-3, 1e-2, 2e-3),
-    "student_decay":     ("cycle", "cycle", "cycle", "cycle", "cycle"),
-    "eval_every":        (0, 0, 0, 0, 0),  # [I]
 }
 CONTROL = {  # noise and kd, all of it ours [I]: nothing is published
     "batch":             (64, 64, 256, 64, 256),
@@ -165,6 +139,16 @@ CONTROL = {  # noise and kd, all of it ours [I]: nothing is published
     "student_lr":        (1e-2, 1e-2, 2e-3, 1e-2, 2e-3),
     "student_decay":     ("cycle", "cycle", "cycle", "cycle", "cycle"),
     "eval_every":        (0, 0, 0, 0, 0),  # [I]
+}
+DEEPINVERSION = CONTROL | {  # the authors' numbers are for CIFAR-10; where nothing is said here, as CONTROL [I]
+    "loss_weights":      ((1e-3, 0.0, 10.0),) * 5,  # alpha_tv, alpha_2, alpha_f [C]
+    "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # [I]
+    "image_batch":       (256, 256, 256, 256, 256),  # [C]
+    "image_steps":       (100, 100, 500, 2000, 2000),  # [C]; 150 leave 39 % of CIFAR images outside their class
+    "image_lr":          (0.1, 0.1, 0.1, 0.1, 0.1),  # [C]
+    "ours":              (("smooth", "range", "settle", "sum"),) * 3 + ((), ()),
+    "temperature":       (20.0, 20.0, 20.0, 20.0, 20.0),  # [I]
+    "steps":             (20_000, 20_000, 20_000, 60_000, 60_000),  # [I]
 }
 SCHEDULES = {
     "rdskd": REPLAY | RDSKD, "pre": REPLAY | PRE, "soft-target": SOFT_TARGET, "dafl": REPLAY | DAFL,
@@ -621,11 +605,8 @@ class Run:
 
         Between rounds it shows progress and, now and then, saves. With `evaluate`, this is the student's stage.
         """
-        every = -(-count // 20)
-        if evaluate:
-            every = self.args.eval_every
-        elif each > 1:
-            every = each  # a batch of images is long work: it is saved at once
+        # a batch of images is long work: each is saved at once
+        every = {"student": self.args.eval_every, "images": each}.get(stage, -(-count // 20))
         first = self.done.get(stage, 0)
         begun = self.shown = time.perf_counter()
         for turn in range(-(-first // each), -(-count // each)):
@@ -866,12 +847,13 @@ def parser():
         help="bf16, fp32, or auto: bf16 if the processor has it")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU; results depend on it in the last bits")
 
-    add = top.add_argument_group("finished runs: distil nothing").add_argument
-    add("--plot", nargs="+", metavar="RUN", help="draw accuracies into --out (runs/curves.svg)")
+    group = top.add_argument_group("finished runs: distil nothing")
+    add, add_one = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add_one("--plot", nargs="+", metavar="RUN", help="draw accuracies into --out (runs/curves.svg)")
     add("--over", choices=("steps", "minutes"), default="steps", help="what --plot draws them over (default: steps)")
-    add("--pictures", nargs="+", metavar="RUN", help="put samples into --out (runs/samples.svg)")
+    add_one("--pictures", nargs="+", metavar="RUN", help="put samples into --out (runs/samples.svg)")
     add("--lines", type=number(int, 1, 1024), default=32, metavar="N", help="pixel lines of each (default: 32)")
-    add("--table", nargs="+", metavar="RUN", help="print a row for runs that differ in the seed alone")
+    add_one("--table", nargs="+", metavar="RUN", help="print a row for runs that differ in the seed alone")
     return top
 
 
@@ -880,10 +862,7 @@ def parse(argv):
     top = parser()
     given = vars(top.parse_args(argv))  # several values are a tuple, as in the schedules
     args = argparse.Namespace(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
-    finished = [flag(key) for key in ("plot", "pictures", "table") if getattr(args, key)]
-    if len(finished) > 1:
-        top.error(f"{' and '.join(finished)} are different commands: give one of them")
-    if finished:
+    if args.plot or args.pictures or args.table:
         return args
     try:
         name_data(args, top.error)

@@ -43,8 +43,6 @@ from torch import nn
 
 import data
 
-NAMES = ("lenet5", "lenet5_half", "alexnet", "alexnet_half", "resnet18", "resnet34", "wrn-40-2", "wrn-16-1")
-
 
 class NetworkError(Exception):
     """A file does not hold the network that it should: the message is one line that says why."""
@@ -344,6 +342,13 @@ def own(name, num_classes, channels, size):
 
 # ---------------------------------------------------------------- by name
 
+SIZES = {  # the class; LeNet's and AlexNet's widths, ResNet's depths
+    "lenet5": (LeNet5, (6, 16, 120, 84)), "lenet5_half": (LeNet5, (3, 8, 60, 42)),
+    "alexnet": (AlexNet, (48, 128, 192, 192, 128, 512, 256)), "alexnet_half": (AlexNet, (24, 64, 96, 96, 64, 256, 128)),
+    "resnet18": (ResNet, (2, 2, 2, 2)), "resnet34": (ResNet, (3, 4, 6, 3)),
+}  # fmt: skip
+NAMES = (*SIZES, "wrn-40-2", "wrn-16-1")
+
 
 def build(name, num_classes=10, channels=1, size=32):
     """The network called `name`: one of NAMES, any wrn-D-K with D = 6 n + 4, or FILE.py:NAME for images of this size.
@@ -352,24 +357,14 @@ def build(name, num_classes=10, channels=1, size=32):
     """
     if ":" in name:
         return own(name, num_classes, channels, size)
-    shape = (num_classes, channels)
-    if name == "lenet5":
-        return LeNet5((6, 16, 120, 84), *shape)
-    if name == "lenet5_half":
-        return LeNet5((3, 8, 60, 42), *shape)
-    if name == "alexnet":
-        return AlexNet((48, 128, 192, 192, 128, 512, 256), *shape)
-    if name == "alexnet_half":
-        return AlexNet((24, 64, 96, 96, 64, 256, 128), *shape)
-    if name == "resnet18":
-        return ResNet((2, 2, 2, 2), *shape)
-    if name == "resnet34":
-        return ResNet((3, 4, 6, 3), *shape)
+    if name in SIZES:
+        kind, sizes = SIZES[name]
+        return kind(sizes, num_classes, channels)
     wrn = re.fullmatch(r"wrn-(\d{1,3})-(\d{1,2})", name)
     if wrn:
         depth, k = map(int, wrn.groups())
         if depth >= 10 and depth % 6 == 4 and k >= 1:
-            return WRN(depth, k, *shape)
+            return WRN(depth, k, num_classes, channels)
     raise ValueError(f"unknown network '{name}'; choose from {', '.join(NAMES)}, any wrn-D-K with D = 10, 16, 22, ..., "
                      "FILE.py:NAME")  # fmt: skip
 
@@ -581,12 +576,6 @@ def random_state(device):
     return dict(cpu=torch.get_rng_state(), cuda=cuda)
 
 
-def set_random_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def restore(pairs, random, device):
     """Give each part, a tensor or what has a state_dict, the state saved beside it; then set the random state.
 
@@ -601,7 +590,9 @@ def restore(pairs, random, device):
                 part.copy_(state)
             else:
                 part.load_state_dict(state)
-        set_random_state(random, device)
+        torch.set_rng_state(random["cpu"])
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"])
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
