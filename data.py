@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import statistics
 import struct
@@ -541,7 +542,8 @@ def compare_with_published(path, checksum):
 
 def write(path, content):
     """Write a file so that it is there whole or not at all, after a power cut too; remove what killed runs left."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other runs may be after the same file
+    mine = f"{path.name}.{platform.node()}."  # other runs, on other machines too, may be after the same file
+    part = path.with_name(f"{mine}{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -558,8 +560,8 @@ def write(path, content):
             os.fsync(folder)
         finally:
             os.close(folder)
-    for other in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        pid = other.name[len(path.name) + 1 : -len(".part")]
+    for other in path.parent.glob(f"{glob.escape(mine)}*.part"):
+        pid = other.name[len(mine) : -len(".part")]
         if pid.isdecimal() and not alive(int(pid)):
             with contextlib.suppress(OSError):
                 other.unlink()
@@ -586,13 +588,12 @@ def save(path, tensors):
 
 def load_tensors(path):
     """What torch.save wrote to `path`: tensors and plain values only, no pickled code is run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception:  # torch.load raises whatever the damaged bytes lead to
-        raise DataError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), "
-                        f"or a damaged one") from None  # fmt: skip
+    with path.open("rb") as file:  # an OSError, if it cannot be read
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # torch.load raises whatever the damaged bytes lead to
+            raise DataError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), "
+                            f"or a damaged one") from None  # fmt: skip
 
 
 def same_form(a, b):
@@ -613,14 +614,15 @@ def claimed(out, files, resume):
     tempfile.TemporaryFile(dir=out).close()
     lock = os.open(out, os.O_RDONLY) if fcntl else None
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
         if any((out / name).is_file() for name in files) and not (resume and (out / "checkpoint.pt").exists()):
             advice = "it has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
             raise DataError(f"{out}: holds an earlier run; {advice}, --out DIR begins elsewhere")
         yield
-    except BlockingIOError:
-        raise DataError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
     finally:
         if fcntl:
             os.close(lock)
@@ -663,6 +665,8 @@ def svg_samples(pictures, count):
         try:
             width, height, _, colour = struct.unpack(">IIBB", content[16:26])
             height, channels = min(height, count), {0: 1, 2: 3}[colour]
+            if not (height > 0 and 0 < width <= 2**15):  # what would be unpacked
+                raise ValueError
             lines = zlib.decompressobj().decompress(content[41:], height * (1 + width * channels))  # as `png` writes
             pixels = torch.frombuffer(bytearray(lines), dtype=torch.uint8).view(height, -1)[:, 1:]
             row = png(pixels.reshape(1, height, width, channels).permute(0, 3, 1, 2) / 255)
@@ -674,7 +678,7 @@ def svg_samples(pictures, count):
         y, widest = y + height + 4, max(widest, width)
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + widest + 4} {y}" font-family="sans-serif" '
             'font-size="12"><rect width="100%" height="100%" fill="white"/>')  # fmt: skip
-    return "\n".join([head, *parts, "</svg>\n"]).encode()
+    return "\n".join([head, *parts, "</svg>\n"]).encode(errors="replace")
 
 
 def ticks(low, high):
@@ -722,7 +726,7 @@ def svg_curves(runs, x_label="student step"):
                      'clip-path="url(#axes)"/>')  # fmt: skip
     for i, (name, colour) in enumerate(groups.items()):
         parts.append(label(width - 14, height - 40 - 16 * i, name, f'fill="{colour}" '))
-    return "\n".join([*parts, "</svg>\n"]).encode()
+    return "\n".join([*parts, "</svg>\n"]).encode(errors="replace")
 
 
 def git_commit():

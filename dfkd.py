@@ -51,6 +51,7 @@ EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch [C]
 # The marks are those of these two columns: [P] text, [C] code, [I] ours, where neither says anything.
 # Ours everywhere [I]: --precision, bfloat16 for large networks where it is fast; images drawn with replacement.
 # fmt: off
+TERMS = ("oh", "ie", "ds")  # of RDSKD's L_G
 COLUMNS = ("glyphs", "mnist", "natural", "paper mnist", "paper natural")
 RDSKD = {
     "batch":             (64, 64, 256, 512, 512),  # [C]
@@ -59,7 +60,7 @@ RDSKD = {
     "generator_steps":   (1000, 1000, 2400, 20 * EPOCH, 20 * EPOCH),  # [C]
     "generator_lr":      (1e-3, 1e-3, 1e-3, 1e-3, 1e-3),  # [C]
     "steps":             (5000, 12_000, 30_000, 1000 * EPOCH, 1000 * EPOCH),  # [C]
-    "terms":             (("oh", "ie", "ds"),) * 5,  # [C]
+    "terms":             (TERMS,) * 5,  # [C]
     "penalty":           ("exp", "exp", "exp", "exp", "exp"),  # [P, C]
     "temperature":       (10.0, 10.0, 10.0, 10.0, 10.0),  # [C]
     "student_optimiser": ("adam", "adam", "adam", "adam", "adam"),  # [C]
@@ -382,7 +383,6 @@ def transfer_set(make_images, teacher, student, info, args, run):
         run.log(**generators.label_shares(t, y, intended))
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
-    run.samples = None  # the picture is there
     run.fresh = (make_images(index)[0] for index in [torch.arange(args.image_batch, device=args.device) + args.images])
     batches = [data.load_tensors(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
@@ -484,7 +484,7 @@ def feature_model(teacher, args):
         if args.sigma != "auto":
             return layer, linear, rest, args.sigma
         sigma = generators.feature_scale(linear.weight, rest, CERTAINTY)
-    except ValueError as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:
         raise RunError(f"--layer {layer} --sigma {args.sigma}: {error}") from None
     print(f"sigma      {sigma:.4g} for {layer}: there the teacher's L_oh is {CERTAINTY}")
     return layer, linear, rest, sigma
@@ -536,7 +536,7 @@ class Run:
     def __init__(self, args, info):
         self.args, self.info, self.evaluate = args, info, None
         self.settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
-        self.out, self.commit, self.begun = Path(args.out), data.git_commit(), 0.0
+        self.out, self.commit, self.torch, self.begun = Path(args.out), data.git_commit(), str(torch.__version__), 0.0
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
         self.turn, self.fresh = 0, None  # batches of images that S is not trained on, made when they are asked for
@@ -579,7 +579,9 @@ class Run:
         self.settings["teacher_crc"] = models.crc(teacher)
         if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
             raise RunError(f"{self.out}: began with another teacher; give the same to resume")
-        if self.saved and self.saved["commit"] != self.commit:
+        if self.saved and self.done.get("student") == self.args.steps:  # the record names what computed the numbers
+            self.commit, self.torch = self.saved["commit"], self.saved.get("torch", self.torch)
+        elif self.saved and self.saved["commit"] != self.commit:
             print(f"{self.out}: began with commit {self.saved['commit']} of this program, goes on with {self.commit}")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
 
@@ -645,27 +647,28 @@ class Run:
         if bad:
             turn, value, name = min(bad, key=lambda found: found[0])  # NaN spreads: the first one tells the most
             where = f"{stage} step {turn * each + 1}" + (f" to {(turn + 1) * each}" if each > 1 else "")
-            kept = f"; the last good checkpoint is kept in {self.out}" if self.done else ""
+            kept = f"; the last checkpoint is kept in {self.out}" if self.done else ""
             raise RunError(f"{name} became {value:.3g} at {where}; try lower learning rates and another --out{kept}")
         self.terms = {}
         accuracy = self.evaluate() if evaluate else None
         self.done[stage] = done
         self.rows.append(dict(stage=stage, step=done, accuracy=accuracy, seconds=round(self.seconds(), 1), **means))
         checkpoint = dict(settings=self.settings, done=self.done, rows=self.rows, seconds=self.seconds())
-        checkpoint.update(commit=self.commit, random=models.random_state(self.args.device))
+        checkpoint.update(commit=self.commit, torch=self.torch, random=models.random_state(self.args.device))
         checkpoint["parts"] = {k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.kept.items()}
         data.save(self.out / "checkpoint.pt", checkpoint)
+        self.show_files()
+        return means if accuracy is None else dict(accuracy=accuracy, **means)
+
+    def show_files(self):
+        """Write what people look at: metrics.csv, samples.png."""
         data.write(self.out / "metrics.csv", data.csv_rows(self.rows))
         if self.samples:
-            data.write(self.out / "samples.png", self.picture())
-        return means if accuracy is None else dict(accuracy=accuracy, **means)
+            mean, std = data.mean_and_std(self.info, "cpu")
+            data.write(self.out / "samples.png", data.png((self.samples().float().cpu() * std + mean).clamp(0, 1)))
 
     def seconds(self):
         return time.perf_counter() - self.begun
-
-    def picture(self):
-        mean, std = data.mean_and_std(self.info, "cpu")
-        return data.png((self.samples().float().cpu() * std + mean).clamp(0, 1))
 
     def compared(self, batches):
         """On batches of images: on how many percent S, in eval mode, names T's class; the diversity within T's classes.
@@ -684,6 +687,7 @@ class Run:
         args, memory, student = self.args, self.kept.get("memory"), self.kept["S"].state_dict()
         if not all(value.isfinite().all() for value in student.values()):
             raise RunError("the student became NaN in its last steps; try lower learning rates and another --out")
+        self.show_files()  # once more: a kill may have come between the last checkpoint and them
         curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
         agreement, diversity = self.compared(self.fresh) if self.fresh else (None, None)
         recalled = self.compared(memory.recall(args.batch, self.teacher) for _ in range(8))[0] if memory else None
@@ -695,10 +699,9 @@ class Run:
             accuracy_variance=statistics.pvariance(curve) if curve else None,
             agreement_fresh=agreement, agreement_memory=recalled, diversity=diversity,
             replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None,
-            seconds=self.rows[-1]["seconds"], args=self.settings, torch_version=torch.__version__,
+            seconds=self.rows[-1]["seconds"], args=self.settings, torch_version=self.torch,
             git_commit=self.commit,
         )  # fmt: skip
-        data.write(self.out / "metrics.csv", data.csv_rows(self.rows))  # lost where a kill came after the checkpoint
         data.save(self.out / "student.pt", {k: v.cpu() for k, v in student.items()})
         data.write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
@@ -805,7 +808,7 @@ def parser():
     add("--student-decay", choices=("none", "cosine", "cycle", "drops"), metavar="NAME", help="of its rate: none; "
         f"cosine to 0; cycle, 15 %% up, then down; drops to a tenth at {800 * EPOCH}, {1600 * EPOCH}")  # fmt: skip
     add("--decay-every", type=number(int, 1), metavar="N", help="student steps between moves of the cosine (pre)")
-    add("--terms", nargs="+", choices=("oh", "ie", "ds"), metavar="L", help="rdskd: terms of L_G, of oh ie ds")
+    add("--terms", nargs="+", choices=TERMS, metavar="L", help=f"rdskd: terms of L_G, of {' '.join(TERMS)}")
     add("--penalty", choices=("exp", "sum"), metavar="NAME", help="rdskd: exp of what L_oh, L_ie increase, or sum")
     add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss and of soft labels")
     add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: "
@@ -878,7 +881,7 @@ def parse(argv):
         args.precision = "bf16" if models.fast_bf16(args.device) else "fp32"
     args.threads = args.threads or torch.get_num_threads()
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
-    if Path(args.out).exists() and not Path(args.out).is_dir():
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
         top.error(f"--out {args.out}: a file; give a folder")
     return args
 
@@ -1010,6 +1013,9 @@ def fill_schedule(args, error):
         error(f"--ours {foreign[0]} means nothing to --method {args.method}")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * -(-args.steps // each)
+    for key, names in (("ours", OURS), ("terms", TERMS)):  # in any order, and the same run
+        if getattr(args, key):
+            setattr(args, key, tuple(name for name in names if name in getattr(args, key)))
     args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)
 
 
@@ -1137,7 +1143,8 @@ def drawn_runs(args):
 def main(argv=None):
     args = parse(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # --table has Greek letters, which not every encoding has
+        # --table has Greek letters, which not every encoding has; a folder's name may be in none
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
     try:

@@ -530,8 +530,6 @@ def load(path, name, info, device, precision):
     for key, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
             raise NetworkError(f"{path}: '{key}' is sparse, quantised, complex or without values; save plain tensors")
-        if not value.isfinite().all():
-            raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
     try:
         net.load_state_dict(state)
     except Exception as error:  # torch's is a headline and a line for each difference; an own network's is anything
@@ -540,6 +538,9 @@ def load(path, name, info, device, precision):
         reason = textwrap.shorten(reason, 160, placeholder=" ...")
         flags = "--teacher-arch; --dataset, or --num-classes and --channels"
         raise NetworkError(f"{path}: does not fit {shape}; see {flags}: {reason}") from None
+    for key, value in known.items():  # as the network holds them now, in its own precision
+        if not value.isfinite().all():
+            raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
     return net.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import resource
 import shutil
@@ -1336,8 +1337,10 @@ def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
 def test_part_files_of_dead_processes_are_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    kept = {f"a[1].{os.getppid()}.part", "a[1].1.part", f"other.{dead.pid}.part", f"a[1].{10**30}.part", "a[1].part"}
-    for name in kept | {f"a[1].{dead.pid}.part"}:
+    mine = f"a[1].{platform.node()}"
+    kept = {f"{mine}.{os.getppid()}.part", f"{mine}.1.part", f"{mine}.{10**30}.part", f"{mine}.part",
+            f"other.{platform.node()}.{dead.pid}.part", f"a[1].elsewhere.{dead.pid}.part"}  # fmt: skip
+    for name in kept | {f"{mine}.{dead.pid}.part"}:
         (tmp_path / name).write_bytes(b"half")
     data.write(tmp_path / "a[1]", b"whole")
     assert {path.name for path in tmp_path.iterdir()} == kept | {"a[1]"}
@@ -1369,7 +1372,7 @@ def test_tensors_are_saved_and_loaded(tmp_path):
         path.write_bytes(content)
         with pytest.raises(data.DataError, match="x.pt: not a PyTorch file of plain tensors"):
             data.load_tensors(path)
-    with pytest.raises(data.DataError, match="y.pt: cannot be read .No such file"):
+    with pytest.raises(FileNotFoundError):
         data.load_tensors(tmp_path / "y.pt")
 
 
@@ -1420,7 +1423,9 @@ def test_samples_of_runs_in_one_picture(tmp_path):
     picture = ElementTree.fromstring(data.svg_samples(pictures, count=4))
     assert [image.get("height") for image in picture.findall("{*}image")] == ["4", "3"]
     assert picture.get("viewBox") == f"0 0 {8 + 7 * 11 + 40 + 4} {4 + 8 + 7}"
-    for damaged in (b"", b"no PNG" * 10, data.png(x)[:50]):
+    wide, flat = (data.png(x).replace(struct.pack(">II", 40, 8), struct.pack(">II", *size)) for size in
+                  ((2**32 - 1, 8), (40, 0)))  # fmt: skip
+    for damaged in (b"", b"no PNG" * 10, data.png(x)[:50], wide, flat):
         (tmp_path / "samples.png").write_bytes(damaged)
         with pytest.raises(data.DataError, match="samples.png"):
             data.svg_samples([("a", tmp_path / "samples.png")], count=4)
@@ -1501,11 +1506,12 @@ def rows_of(folder):
 
 
 def outcome(folder):
-    """What a run must reproduce: its student bit by bit, its result and its curve but for the seconds."""
-    result, rows = result_of(folder), rows_of(folder)
+    """What a run must reproduce: its student bit by bit, result and curve but for the seconds, and picture."""
+    result, rows, picture = result_of(folder), rows_of(folder), folder / "samples.png"
     for timed in (result, *rows):
         timed.pop("seconds")
-    return torch.load(folder / "student.pt", weights_only=True), result, rows
+    student = torch.load(folder / "student.pt", weights_only=True)
+    return student, result, rows, picture.exists() and picture.read_bytes()
 
 
 def assert_same(a, b):
@@ -1754,6 +1760,19 @@ def test_resume_equals_uninterrupted(blind, whole, tmp_path, name, share, capsys
         assert_same(folder, tmp_path)
 
 
+@pytest.mark.parametrize("flags", ["--method dafl --student-steps 2 --eval-every 12", "--method zskd --images 9"])
+def test_a_stop_between_the_last_checkpoint_and_the_picture(blind, whole, tmp_path, monkeypatch, flags):
+    def stop(images):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "png", stop)
+        assert blind(tmp_path, flags) == 130
+    assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "samples.png").exists()
+    assert blind(tmp_path, f"{flags} --resume") == 0
+    assert_same(whole(flags)[0], tmp_path)
+
+
 def test_a_stopped_run_keeps_its_evaluations(command, tmp_path):
     assert command("whole") == 0
     with backward_passes(until=6 + 9):
@@ -1860,16 +1879,24 @@ def test_resume_refuses_other_arguments(blind, refused, teacher_file, tmp_path, 
 
 
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
-    for commit in ("one", "other"):
-        monkeypatch.setattr(data, "git_commit", lambda: commit)
-        assert blind(tmp_path, "--resume") == 0
+    monkeypatch.setattr(data, "git_commit", lambda: "one")
+    with backward_passes(until=10):
+        assert blind(tmp_path) == 130
+    monkeypatch.setattr(data, "git_commit", lambda: "other")
+    assert blind(tmp_path, "--resume") == 0
     assert "began with commit one of this program, goes on with other" in capsys.readouterr().out
+    monkeypatch.setattr(data, "git_commit", lambda: "third")
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert blind(tmp_path, f"--resume --export {tmp_path}/a.pt2") == 0
+    assert "goes on with" not in capsys.readouterr().out
+    result = result_of(tmp_path)
+    assert result["git_commit"] == "other" and result["torch_version"] != "9.9"  # what computed the numbers
 
 
 def test_a_transfer_set_that_is_gone(blind, refused, tmp_path):
     assert blind(tmp_path, "--method zskd") == 0
     (tmp_path / "transfer" / "0.pt").unlink()
-    assert "0.pt: cannot be read (No such file" in refused(tmp_path, "--method zskd --resume")
+    assert "0.pt: No such file" in refused(tmp_path, "--method zskd --resume")
 
 
 @pytest.mark.parametrize("flags, function, message", [  # the function that gives NaN, the terms that may be named
@@ -1892,9 +1919,9 @@ def test_nan_stops_the_run_and_names_the_term(blind, refused, whole, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(module, function, broken)
-        message = rf"{message} step \d+.* lower learning rates and another --out; the last good checkpoint is kept"
+        message = rf"{message} step \d+.* lower learning rates and another --out; the last checkpoint is kept"
         assert re.search(message, refused(tmp_path, flags))
-    assert blind(tmp_path, f"{flags} --resume") == 0  # from the last good checkpoint
+    assert blind(tmp_path, f"{flags} --resume") == 0  # from the last checkpoint
     assert_same(whole(flags)[0], tmp_path)
 
 
@@ -2102,6 +2129,16 @@ def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_folders_that_cannot_be(refused):
+    assert "File name too long" in refused("a" * 300)
+    assert b"?" in data.svg_curves([(os.fsdecode(b"\xff"), [(0, 1.0)])])  # no UTF-8
+
+
+def test_names_of_terms_have_no_order():
+    assert dfkd.parse("--method zskd --ours range smooth".split()).ours == ("smooth", "range")
+    assert dfkd.parse("--terms ds oh ds".split()).terms == ("oh", "ds")
+
+
 @pytest.mark.parametrize("package", ["torch", "numpy"])
 def test_without_torch_or_numpy_one_line_says_what_to_do(package):
     code = f"import runpy, sys; sys.modules['{package}'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -2186,6 +2223,8 @@ TEACHER_FILES = {  # what torch.save wrote
     "other widths": (models.build("lenet5_half").state_dict(), "shape.*3, 1, 5, 5"),
     "other classes": (models.build("lenet5", 7).state_dict(), "10 classes.*7"),
     "NaN": ({k: v / 0 for k, v in LENET.items()}, "NaN"),
+    "infinite in float32": ({k: v.double() * 1e300 for k, v in LENET.items()}, "NaN or infinity"),
+    "40 GB in a few bytes": ({**LENET, "classifier.bias": torch.zeros(1).expand(10**10)}, "shape.*10000000000"),
     **{name: ({k: convert(v) for k, v in LENET.items()}, "sparse, quantised, complex or without values")
        for name, convert in OTHER_TENSORS.items()},
 }  # fmt: skip
