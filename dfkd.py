@@ -1164,8 +1164,8 @@ def main(argv=None):
         out = None if isinstance(error, BrokenPipeError) else args.out
         problem, code = f"{error.filename or out or 'standard output'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
-        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-        if not known:
+        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not known and not any(text in str(error) for text in ("DefaultCPUAllocator", "size calculation overflowed")):
             raise
         problem, code = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size", 1
     except KeyboardInterrupt as stop:
