@@ -567,8 +567,9 @@ def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, factor=
     """x* = argmin_x objective(x) by Adam, from `images` (B, C, H, W) -> x*, the objective's last value.
 
     `constrain`, x -> x, is applied after every step. With `settle` = 0.01, it ends when 50 steps bring less than 1 % of
-    the decrease so far, after 150 steps at the earliest. `factor` multiplies the gradient: with the number of images, its size beside Adam's eps does
-    not depend on the batch, over which an objective is a mean. `report(step, value)` is called every 50 steps.
+    the decrease so far, after 150 steps at the earliest. `factor` multiplies the gradient: with the number of images,
+    its size beside Adam's eps does not depend on the batch, over which an objective is a mean. `report(step, value)` is
+    called every 50 steps.
 
     Soft-target synthesis of the logits, for a teacher whose last layer is `last` and pixels from `low` to `high`:
         rest = torch.nn.Identity()
