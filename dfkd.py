@@ -44,6 +44,7 @@ except ImportError as error:
 # ---------------------------------------------------------------- schedules
 
 EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch [C]
+TERMS = ("oh", "ie", "ds")  # of RDSKD's L_G
 
 # Every number of a method, one a line, named like its flag. A flag on the command line overrides it.
 # The first three columns are `--schedule default`: ours, minutes on two CPU cores, found on validation images; for
@@ -51,7 +52,6 @@ EPOCH = 120  # iterations that RDSKD's and DAFL's code call an epoch [C]
 # The marks are those of these two columns: [P] text, [C] code, [I] ours, where neither says anything.
 # Ours everywhere [I]: --precision, bfloat16 for large networks where it is fast; images drawn with replacement.
 # fmt: off
-TERMS = ("oh", "ie", "ds")  # of RDSKD's L_G
 COLUMNS = ("glyphs", "mnist", "natural", "paper mnist", "paper natural")
 RDSKD = {
     "batch":             (64, 64, 256, 512, 512),  # [C]
