@@ -538,7 +538,7 @@ def load(path, name, info, device, precision):
         reason = textwrap.shorten(reason, 160, placeholder=" ...")
         flags = "--teacher-arch; --dataset, or --num-classes and --channels"
         raise NetworkError(f"{path}: does not fit {shape}; see {flags}: {reason}") from None
-    for key, value in known.items():  # as the network holds them now, in its own precision
+    for key, value in net.state_dict().items():  # in the precision of the network
         if not value.isfinite().all():
             raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
     return net.eval().requires_grad_(False)
