@@ -1011,11 +1011,11 @@ def fill_schedule(args, error):
     foreign = sorted({*(args.ours or ())} & without.get(args.method, {*OURS} - {"range"}))
     if foreign:
         error(f"--ours {foreign[0]} means nothing to --method {args.method}")
-    each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
-    args.steps = each * -(-args.steps // each)
     for key, names in (("ours", OURS), ("terms", TERMS)):  # in any order, and the same run
         if getattr(args, key):
             setattr(args, key, tuple(name for name in names if name in getattr(args, key)))
+    each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
+    args.steps = each * -(-args.steps // each)
     args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)
 
 
@@ -1164,8 +1164,9 @@ def main(argv=None):
         out = None if isinstance(error, BrokenPipeError) else args.out
         problem, code = f"{error.filename or out or 'standard output'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
-        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-        if not known and not any(text in str(error) for text in ("DefaultCPUAllocator", "size calculation overflowed")):
+        texts = ("DefaultCPUAllocator", "size calculation overflowed")
+        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(t in str(error) for t in texts)
+        if not known:
             raise
         problem, code = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size", 1
     except KeyboardInterrupt as stop:

@@ -1151,6 +1151,7 @@ FILES = {  # kind: a data set, its files, the one that is damaged
 DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the message)}
     "IDX": {
         "far too large": (lambda b: b[:4] + b"\xff" * 12, "bytes, expected 79228162458924105385300197391"),
+        "wrong magic": (lambda b: b"\0\0\x0d" + b[3:], "expected 00000803"),
         "labels for images": (idx(np.zeros(20, np.uint8)), "expected 00000803"),
         "truncated": (lambda b: b[:-1], "bytes, expected"),
         "too long": (lambda b: b + b"x", "bytes, expected"),
@@ -1158,11 +1159,14 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
         "empty": (b"", "nothing"),
         "other size": (idx(np.zeros((20, 14, 14), np.uint8)), "28 x 28"),
         "other length": (idx(np.zeros((19, 28, 28), np.uint8)), "20 labels for 19 images"),
+        "no images": (idx(np.zeros((0, 28, 28), np.uint8)), "20 labels for 0 images"),
     },
     "IDX.gz": {
         "truncated": (lambda b: b[:-9], "truncated compressed file .Compressed file ended"),
         "no gzip": (b"<html>not found</html>", "Not a gzipped file"),
+        "damaged": (lambda b: b[:12] + bytes([b[12] ^ 255]) + b[13:], "truncated compressed file"),
         "wrong checksum": (lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:], "CRC check failed"),
+        "more behind it": (lambda b: b + b"more", "Not a gzipped file"),
         "far too long": (lambda b: gzip.compress(bytes(data.IDX_LIMIT + 1), 1), "holds more than 48088576 bytes"),
         "label out of range": (gzip.compress(idx(np.full(20, 10, np.uint8))), "label 10"),
     },
@@ -1181,9 +1185,12 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
             ("backwards", tar(CIFAR, tar_header("a", 0), tar_header("b", -512)), "header at byte 98816"),
             ("backwards in octal", tar_header("a", 0).replace(b"00000000000", b"-0000001000", 1), "header at byte 0"),
             ("2^63 bytes", tar(CIFAR, tar_header("a", 2**63)), "header at byte 0"),
-            ("2^40 bytes of a name", tar(CIFAR, tar_header("a", 2**40, tarfile.GNUTYPE_LONGNAME)), "header at byte 0"),
+            *((f"2^40 bytes of type {kind}", tar(CIFAR, tar_header("a", 2**40, kind)), "header at byte 0")
+              for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)),
         ]},
         "no archive": (b"<html>", "damaged or truncated compressed file"),
+        "truncated gzip": (lambda b: b[:-1], "damaged or truncated compressed file .Compressed file ended"),
+        "wrong checksum": (lambda b: b[:-8] + bytes(8), "CRC check failed"),
     },
     "MATLAB": {
         "no MATLAB file": (b"<html>", "expected 494d or 4d49"),
@@ -1198,6 +1205,8 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
         "no X": (lambda b: b[:128], "no X in it"),
         "too many elements": (lambda b: b[:128] + bytes(8000) + b[128:], "no X in it"),
         "X sparse": (svhn_file(X_flags=5)[2], "X is sparse, expected X uint8"),
+        "X a cell array": (svhn_file(X_flags=1)[2], "X is a cell array, expected"),
+        "y text": (svhn_file(y_flags=4)[2], "y is text, expected"),
         "y complex": (svhn_file(y_flags=0x806)[2], "y is complex, expected"),
         "fewer images than said": (repacked(90_000), "X ends early or late"),
         "more images than said": (repacked(6), "X ends early or late"),
@@ -1849,6 +1858,7 @@ def altered(**changes):
 CHECKPOINTS = {
     "another version's": lambda path: torch.save(dict(step=3, net={}), path),
     "a list": lambda path: torch.save([1, 2], path),
+    "a .training file": lambda path: torch.save(dict(epochs=1, parts=[], random={}), path),
     "no parts": altered(parts={}),
     "other parts": altered(parts=dict(S=models.build("lenet5").state_dict())),
     "a shorter list": one_beta,
@@ -1857,6 +1867,7 @@ CHECKPOINTS = {
     "no figures": altered(done={"student": "8"}),
     "no rows": altered(rows=[3]),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "text": lambda path: path.write_text("no checkpoint"),
 }
 
 
@@ -2214,7 +2225,9 @@ OTHER_TENSORS = {
     "sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat, "on meta": lambda v: v.to("meta"),
     "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
 }  # fmt: skip
-TEACHER_FILES = {  # what torch.save wrote
+TEACHER_FILES = {  # what torch.save wrote, or bytes
+    "text": (b"no checkpoint", "not a PyTorch file"),
+    "empty": (b"", "not a PyTorch file"),
     "code": (Exploit(), "not a PyTorch file"),
     "whole model": (models.build("lenet5"), "not a PyTorch file"),
     "no state dict": ([1, 2], "no state dict"),
@@ -2233,7 +2246,10 @@ TEACHER_FILES = {  # what torch.save wrote
 @pytest.mark.parametrize("content, message", TEACHER_FILES.values(), ids=TEACHER_FILES)
 def test_bad_teacher_files(refused, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(content, "bad.pt")
+    if isinstance(content, bytes):
+        Path("bad.pt").write_bytes(content)
+    else:
+        torch.save(content, "bad.pt")
     assert re.search(f"bad.pt: .*{message}", refused("out", "--teacher bad.pt"))
     assert not Path("exploited").exists()
 
