@@ -2716,11 +2716,17 @@ def bare_rate(dtype, device):
     return 512 * 1024 * 128 * 64 * 4 * 2 / np.median(times[1:]) / 1e9
 
 
+def processor():
+    try:
+        return re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # no such file, or no such line: not Linux on x86
+        return platform.machine()
+
+
 def bench():
     """Time the default path against plain float32 NCHW: the same loop, the same networks, one process."""
-    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "?")
     args = dfkd.parse([])
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor}, {args.threads} threads"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, {args.threads} threads"
     print(f"{where}, torch {torch.__version__}, default precision {args.precision}")
     print("RDSKD, batch 512, generator of width 128, LeNet-5 -> half; median milliseconds per step")
     plain, default = step_times("plain", 3), step_times("default", 8)
