@@ -148,8 +148,8 @@ def test_closed_forms(classes):
     assert g.one_hot_loss(uniform).item() == pytest.approx(math.log(classes)) and g.one_hot_loss(certain) == 0
     assert g.js_disagreement_loss(certain, certain).item() == pytest.approx(1)
     assert g.js_disagreement_loss(certain, certain.roll(1, 0)).item() == pytest.approx(1 - math.log(2), rel=1e-5)
-    step = torch.tensor([[0.0, 1], [0, 1]])  # differences: horizontal 1, 1; vertical 0, 0; one on each diagonal
-    assert g.total_variation(step[None, None]).item() == pytest.approx(math.sqrt(2) + 2)
+    x = torch.tensor([[0.0, 1], [0, 3]])  # differences: horizontal 1, 3; vertical 0, 2; on the diagonals 3, -1
+    assert g.total_variation(x[None, None]).item() == pytest.approx(math.sqrt(10) + 2 + 3 + 1)
 
 
 def test_a_class_without_mass_gives_no_nan():
@@ -250,6 +250,16 @@ def test_dirichlet_targets():
     assert torch.allclose(mean, c / c.sum(1, keepdim=True), atol=0.03)
 
 
+def test_constants_of_the_distributions(monkeypatch):
+    made = []
+    monkeypatch.setattr(g, "Dirichlet", lambda c: made.append(c) or torch.distributions.Dirichlet(c))
+    weight = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+    g.dirichlet_targets(weight, torch.tensor([0, 0]), torch.tensor([1.0, 0.1]))
+    assert torch.allclose(made[0], torch.tensor([[1.0001, 0.5001, 0.0001], [0.1001, 0.0501, 0.0001]]), rtol=1e-3)
+    R = g.feature_distribution(weight, 2.0).covariance_matrix
+    assert torch.allclose(R.diagonal(), torch.tensor(4.0004), atol=1e-5)
+
+
 def test_augmentation_moves_images_a_little():
     x = torch.zeros(2000, 1, 32, 32)
     x[:, :, 15:17, 15:17] = 1
@@ -263,10 +273,32 @@ def test_augmentation_moves_images_a_little():
     assert 0.4 < g.augmented(left, mirror=True)[..., 2].mean() < 0.6
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_augmentation_turns_scales_and_shifts(monkeypatch, mirror):
+    grids, real = [], F.affine_grid
+    monkeypatch.setattr(F, "affine_grid", lambda theta, *more, **how: grids.append(theta) or real(theta, *more, **how))
+    g.augmented(torch.zeros(4000, 1, 8, 8), mirror)
+    A, shift = grids[0].split((2, 1), 2)
+    scale = A[:, :, 1].norm(dim=1)
+    A = A / scale[:, None, None]
+    assert torch.allclose(A.mT @ A, torch.eye(2).expand_as(A), atol=1e-5)  # a rotation, or a mirrored one
+    angle = torch.atan2(-A[:, 0, 1], A[:, 1, 1]).rad2deg()
+    for values, low, high in ((angle, -20, 20), (scale, 0.8, 1.2), (shift, -0.25, 0.25)):
+        assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
+    assert 0.45 < (torch.linalg.det(A) < 0).float().mean() < 0.55 if mirror else (torch.linalg.det(A) > 0).all()
+
+
 def test_rolls_go_up_to_two_pixels_round_the_edge():
     x = torch.arange(64.0).view(1, 1, 8, 8)
     rolls = {x.roll((i, j), (2, 3)).numpy().tobytes() for i in range(-2, 3) for j in range(-2, 3)}
     assert {g.rolled(x).numpy().tobytes() for _ in range(400)} == rolls
+
+
+def test_smooth_noise_is_weak_and_smooth():
+    x = g.smooth_noise(2000, 1)
+    assert x.std().item() == pytest.approx(0.34, rel=0.03) and x.mean().item() == pytest.approx(0, abs=0.01)
+    for a, b in ((x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :])):
+        assert (a - b).std() < x.std() / 2
 
 
 def test_batch_norm_hooks_leave_nothing_behind():
@@ -314,6 +346,17 @@ def test_synthesis_finds_the_minimum_and_keeps_its_terms():
     assert run(400, constrain=lambda x: x.clamp(max=0.5))[0].max() == 0.5
     run(2000, settle=0.01, report=lambda step, loss: reports.append((step, loss)))
     assert 100 < reports[-1][0] < 500  # an early end
+
+
+def test_synthesis_settles_by_its_rule():
+    def taken(values):
+        values, steps = iter(values), []
+        g.synthesise(lambda x: 0 * x.sum() + next(values), torch.zeros(1, 1, 1, 1), 2000, 0.1, settle=0.01,
+                     report=lambda step, loss: steps.append(step))  # fmt: skip
+        return steps[-1]
+
+    assert taken(1.0 + i // 50 for i in range(2000)) == 150  # at the earliest
+    assert taken(100 + 0.5 ** (i // 50) for i in range(2000)) == 400  # 1 % of the decrease so far, not of the loss
 
 
 @pytest.mark.parametrize("method, factor, least, alike", [
@@ -424,6 +467,55 @@ def test_networks(name):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_lenet_is_the_published_one():
+    net, plain = models.build("lenet5"), nn.Sequential(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 120, 5), nn.ReLU(), nn.Flatten(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+    plain.load_state_dict(dict(zip(plain.state_dict(), net.state_dict().values(), strict=True)))
+    x = torch.randn(8, 1, 32, 32)
+    assert torch.allclose(plain(x), net(x), atol=1e-6)
+
+
+def test_alexnets_order():
+    order = [type(layer).__name__ for layer in models.build("alexnet").body]
+    conv, pool = ["Conv2d", "ReLU"], ["MaxPool2d", "BatchNorm2d"]
+    fc = ["Linear", "ReLU", "Dropout", "BatchNorm1d"]
+    convolutions = 2 * [*conv, "LocalResponseNorm", *pool] + 2 * [*conv, "BatchNorm2d"] + [*conv, *pool]
+    assert order == [*convolutions, "Flatten", *fc, *fc]
+
+
+def test_blocks_and_resolutions():
+    x = torch.randn(2, 4, 8, 8)
+    for outputs, stride in ((4, 1), (6, 2)):
+        b = models.PreActivationBlock(4, outputs, stride).eval()
+        a = b.bn1(x).relu()
+        expected = b.conv2(b.bn2(b.conv1(a)).relu()) + (x if outputs == 4 else b.shortcut(a))
+        assert torch.allclose(b(x), expected, atol=1e-6)
+        b = models.BasicBlock(4, outputs, stride).eval()
+        expected = (b.bn2(b.conv2(b.bn1(b.conv1(x)).relu())) + b.shortcut(x)).relu()
+        assert torch.allclose(b(x), expected, atol=1e-6)
+    for name, sides in (("wrn-10-1", [32, 16, 8]), ("resnet18", [32, 16, 8, 4])):
+        net, seen = models.build(name, 10, 3).eval(), []
+        for block in net.blocks:
+            block.register_forward_hook(lambda block, x, y: seen.append(y.shape[-1]))
+        assert (net.penultimate(torch.randn(2, 3, 32, 32)) >= 0).all()
+        assert list(dict.fromkeys(seen)) == sides
+
+
+def test_lenets_stay_float32():
+    kept = {name: models.on_device(name, GLYPHS, "cpu", "bf16").bf16 for name in ("lenet5", "lenet5_half", "wrn-10-1")}
+    assert kept == {"lenet5": False, "lenet5_half": False, "wrn-10-1": True}
+
+
+def test_accuracy_is_measured_in_eval_mode_and_changes_nothing():
+    net, x = models.build("wrn-10-1"), torch.randint(256, (50, 1, 32, 32), dtype=torch.uint8)
+    y, before = copy.deepcopy(net).eval()(data.normalise(x, GLYPHS)).argmax(1), copy.deepcopy(net.state_dict())
+    assert models.accuracy(net, x, y, GLYPHS) == 100 and net.training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert models.accuracy(net, x, (y + 1) % 10, GLYPHS) == 0
+
+
 SMALL = "--method pre --device cpu --precision fp32 --latent 6 --width 8"
 NETWORKS = {  # make a network as the program does, and what it reads
     "generator": (lambda: dfkd.image_generator(GLYPHS, dfkd.parse(SMALL.split()), True)[0], (8, 6)),
@@ -461,6 +553,12 @@ def test_the_spectral_norm_is_computed_without_autocast():
         norm.register_forward_hook(lambda norm, inputs, weight: autocast.append(torch.is_autocast_enabled("cpu")))
     G(torch.randn(8, 6))
     assert autocast == [False] * 3
+
+
+def test_the_second_argument_of_the_authors_batch_norms_is_eps():
+    G, E = g.Generator(6, 1, width=8), replay.Encoder(6, 1, width=8)
+    assert [bn.eps for bn in (G.bn1, G.bn2, G.bn3, G.bn4)] == [1e-5, 0.8, 0.8, 1e-5]
+    assert [bn.eps for bn in (E.bn1, E.bn2, E.bn3)] == [0.8, 0.8, 1e-5]
 
 
 def test_the_encoder_divides_each_column_by_its_norm():
@@ -708,11 +806,28 @@ def test_rdskds_memory_learns_in_the_first_stage_and_speaks_in_the_second(watch)
     assert [len(e.x) for e in events if e.who == "S"] == [18, 18]
 
 
+def test_a_step_is_on_its_own_gradient_and_moves_only_what_the_optimiser_holds():
+    w, other = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
+    optimiser = torch.optim.SGD([w], 0.1)
+    for _ in range(2):
+        dfkd.minimise(w * other, optimiser)
+    assert w.item() == pytest.approx(0.8) and other.grad is None
+
+
+def test_rdskds_flags_reach_its_objective(watch):
+    logged = watch("--method rdskd --generator-steps 2 --steps 1 --terms oh ds --penalty sum")[0].logged
+    L_G, L_oh, L_ds = (np.array(logged["generator", name]) for name in ("L_G", "L_oh", "L_ds"))
+    assert np.allclose(L_G, L_oh + L_ds)  # the references are 0 still
+
+
+@pytest.mark.parametrize("method, novel", [("pre", [16]), ("dafl --replay vae", [])])
 @pytest.mark.parametrize("steps, learned", [(6, 4), (3, 3)])
-def test_pre_has_four_steps_of_the_memory_a_round(watch, steps, learned):
-    _, events = watch(f"--method pre --student-steps {steps} --steps {2 * steps}")
+def test_four_steps_of_the_memory_a_round(watch, method, novel, steps, learned):
+    _, events = watch(f"--method {method} --student-steps {steps} --steps {2 * steps}")
     story = [e.who for e in events if "step" in e.who or e.who == "VAE"]
     assert story == 2 * ["step of G", *learned * ["step of S", "VAE"], *(steps - learned) * ["step of S"]]
+    assert [len(e.x) for e in events if e.who == "S"] == 2 * [*novel, *steps * [18]]
+    assert [len(e.x) for e in events if e.who == "VAE"] == learned * [8] + learned * [8 + 2]
 
 
 def test_pre_shows_memory_samples_beside_novel_ones_and_its_memory_learns_half_of_the_novel_ones(watch):
@@ -760,6 +875,25 @@ def test_the_generators_objective_is_the_sum_of_its_terms(watch, method, third, 
     L_G, L_oh, L_ie, L_3, *more = (logged["student", name] for name in ("L_G", "L_oh", "L_ie", third, *more))
     total = 2 * np.array(L_oh) + 3 * np.array(L_ie) + 5 * np.array(L_3) + sum(map(np.array, more))
     assert np.allclose(L_G, total, rtol=1e-5) and -1 <= min(L_ie) <= max(L_ie) <= 0  # log10: of 10 classes, -1 at least
+
+
+@pytest.mark.parametrize("method, weights", [
+    *((m, w) for m in ("dafl", "mskd") for w in ("1 0 0", "0 1 0", "0 0 1")), ("pre", "0 0 0"),
+])  # fmt: skip
+def test_each_term_moves_the_generator(watch, method, weights):
+    made = []
+    for rounds in (0, 1):
+        torch.manual_seed(0)
+        flags = f"--method {method} --steps 1 --student-steps 1 --loss-weights {weights}"
+        made.append(watch(flags, rounds=rounds)[0].kept["G"].linear.weight.detach())
+    assert not torch.equal(*made)
+
+
+def test_soft_targets_objective_is_the_sum_of_its_terms(watch, monkeypatch):
+    monkeypatch.setattr(g, "synthesise", lambda objective, x, *rest: (x, objective(x)))
+    logged = watch("--method soft-target --images 8 --steps 1 --ours --loss-weights 3")[0].logged
+    L_x, L_ce, L_a = (logged["images", name][0] for name in ("L_x", "L_ce", "L_a"))
+    assert L_x == pytest.approx(L_ce + 3 * L_a)
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -810,6 +944,40 @@ def test_zskd_has_both_betas_for_every_class(watch, monkeypatch):
     watch("--method zskd --images 40 --image-batch 8 --image-steps 1 --steps 1")
     classes, beta = (torch.cat(parts) for parts in zip(*drawn))
     assert all(sorted(beta[classes == k].tolist()) == pytest.approx([0.1, 0.1, 1, 1]) for k in range(10))
+
+
+def test_what_a_student_sees_of_a_transfer_set(watch, monkeypatch):
+    calls, augmented = [], g.augmented
+
+    def noted(x, mirror):
+        calls.append((augmented(x, mirror), mirror, x))
+        return calls[-1][0]
+
+    monkeypatch.setattr(g, "augmented", noted)
+    _, events = watch("--method zskd --images 16 --image-steps 1 --steps 6")
+    seen = [e.x for e in events if e.stage == "student" and e.who in "ST"]
+    assert len(calls) == 2 + 6 and not any(mirror for _, mirror, _ in calls)
+    assert all(torch.equal(x, calls[2 + i // 2][0]) for i, x in enumerate(seen)) and len(seen) == 12  # S and T
+    assert len(torch.cat([x for *_, x in calls[2:]]).unique(dim=0)) == 16  # of every file
+
+
+@pytest.mark.parametrize("method, drawn", [("zskd", "dirichlet_targets"), ("soft-target", "soft_labels")])
+def test_a_transfer_set_holds_the_labels_that_were_drawn(watch, monkeypatch, method, drawn):
+    labels, draw = [], getattr(g, drawn)
+    monkeypatch.setattr(g, drawn, lambda *args: labels.append(draw(*args)) or labels[-1])
+    record, _ = watch(f"--method {method} --images 16 --image-steps 1 --steps 1")
+    stored = [torch.load(record.out / "transfer" / f"{i}.pt", weights_only=True)["labels"] for i in (0, 8)]
+    assert all(map(torch.equal, stored, labels))
+
+
+def test_noise_is_gaussian():
+    seen = []
+    args = dfkd.parse("--method noise --device cpu --batch 16 --steps 2".split())
+    T = models.build("lenet5").eval().requires_grad_(False)
+    T.register_forward_pre_hook(lambda net, x: seen.append(x[0]))
+    dfkd.noise(T, models.build("lenet5_half"), GLYPHS, args, Recorder())
+    std, mean = torch.std_mean(torch.stack(seen))
+    assert len(seen) == 2 and mean.item() == pytest.approx(0, abs=0.03) and std.item() == pytest.approx(1, abs=0.03)
 
 
 @pytest.fixture
@@ -883,6 +1051,25 @@ def test_generators_keep_to_the_range_of_pixels(flags, kept):
     assert torch.allclose(data.normalise(torch.tensor([0, 255]), GLYPHS).flatten(), torch.cat([low, high]).flatten())
 
 
+def test_flags_reach_what_they_name():
+    flags = "--method pre --generator-lr 0.5 --memory-lr 0.25 --latent-lr 0.125 --no-teacher-term --no-balanced"
+    args = dfkd.parse(f"--device cpu {flags}".split())
+    memory = dfkd.replay_memory(GLYPHS, args)
+    assert dfkd.image_generator(GLYPHS, args)[1].param_groups[0]["lr"] == 0.5
+    assert memory.optimiser.param_groups[0]["lr"] == 0.25
+    assert (memory.latent_lr, memory.teacher_term, memory.balanced) == (0.125, False, False)
+    args, T = dfkd.parse("--method soft-target --device cpu --layer logits --sigma 3".split()), models.build("lenet5")
+    layer, linear, _, sigma = dfkd.feature_model(T, args)
+    assert (layer, linear, sigma) == ("logits", T.classifier, 3)
+
+
+def test_the_automatic_sigma_is_as_documented(teacher_file):
+    T = models.load(teacher_file, "lenet5", GLYPHS, "cpu", "fp32")
+    layer, linear, rest, sigma = dfkd.feature_model(T, dfkd.parse("--method soft-target --device cpu".split()))
+    h = g.feature_distribution(linear.weight, sigma).sample((20_000,))
+    assert layer == "fc2" and float(g.one_hot_loss(rest(h))) == pytest.approx(0.2, abs=0.02)
+
+
 # ---------------------------------------------------------------- replay
 
 
@@ -941,6 +1128,12 @@ def test_the_bank_is_bounded_and_draws_uniformly():
     assert counts.min() > 850 and counts.max() < 1150
 
 
+def test_the_bank_recalls_only_what_it_has_stored():
+    bank = replay.Bank(100, 1, image_size=4)
+    bank.learn(torch.ones(24, 1, 4, 4), None, rehearse=False)
+    assert bank.recall(50, None).eq(1).all()
+
+
 # ---------------------------------------------------------------- data sets
 
 
@@ -950,6 +1143,15 @@ def test_glyphs_are_balanced_normalised_and_drawn_by_seed():
     assert np.array_equal(x, again) and not np.array_equal(x, other)
     x = data.normalise(data.to_32x32(x), GLYPHS)
     assert x.mean().item() == pytest.approx(0, abs=0.02) and x.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_glyphs_look_like_their_labels():
+    x, y = data.glyphs(1000, 0)
+    mean = np.stack([x[y == digit].mean(0) for digit in range(10)])
+    middle = mean[:, 12:16, 12:16].mean((1, 2))
+    assert middle[0] < 50 < 100 < middle[1]  # a hole, a stroke
+    upper, lower = mean[:, 6:14].mean((1, 2)), mean[:, 14:22].mean((1, 2))
+    assert lower[6] > 1.1 * upper[6] and upper[9] > 1.1 * lower[9]  # where the loop is
 
 
 def test_a_linear_classifier_does_not_solve_glyphs():
@@ -973,6 +1175,23 @@ def test_images_are_normalised_and_resized():
     info = data.Info(10, 1, (0.1307,), (0.3081,))
     assert torch.allclose(data.normalise(x, info), torch.tensor((0.2 - 0.1307) / 0.3081))
     assert data.mean_and_std(info, x.device) is data.mean_and_std(data.INFO["mnist"], x.device)  # made once
+
+
+def test_resizing_is_bilinear_and_rounds():
+    ramp = np.broadcast_to(9 * np.arange(28, dtype=np.uint8), (1, 28, 28)).copy()
+    between = 9 * ((np.arange(1, 31) + 0.5) * 28 / 32 - 0.5)
+    assert np.array_equal(data.to_32x32(ramp)[0, 0, 5, 1:31], np.round(between))
+
+
+def test_what_is_known_of_the_data_sets():
+    known = {  # papers.md
+        "mnist": ((0.1307,), (0.3081,)), "fashion-mnist": ((0.2860,), (0.3530,)),
+        "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    }  # fmt: skip
+    assert {name: (info.mean, info.std) for name, info in data.INFO.items() if name != "glyphs"} == known
+    assert [name for name, info in data.INFO.items() if info.mirror] == ["cifar10", "cifar100"]
 
 
 def test_crops_and_mirror_images():
@@ -1390,14 +1609,25 @@ def test_csv_has_a_column_for_every_key():
     assert content.split() == ["step,L_G,accuracy,L_S", "1,0.5,,", "2,,,3"]
 
 
+def pixels_of(png):
+    """A picture that data.png made, (lines, 3 or 1 times its width), its chunks checked."""
+    at, chunks = 8, {}
+    while at < len(png):
+        (size,), kind = struct.unpack(">I", png[at : at + 4]), png[at + 4 : at + 8]
+        chunks[kind] = png[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", png[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + chunks[kind]),)
+        at += 12 + size
+    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    height = struct.unpack(">I", chunks[b"IHDR"][4:8])[0]
+    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
+    assert (lines[:, 0] == 0).all()  # filter type
+    return lines[:, 1:]
+
+
 def test_png_holds_the_images():
     x = torch.rand(4, 3, 2, 5)
-    content = data.png(x, columns=2)
-    start = content.index(b"IDAT")
-    (length,) = struct.unpack(">I", content[start - 4 : start])
-    lines = np.frombuffer(zlib.decompress(content[start + 4 : start + 4 + length]), np.uint8).reshape(4, 1 + 2 * 5 * 3)
-    assert (lines[:, 0] == 0).all()
-    grid = torch.from_numpy(lines[:, 1:].copy()).view(2, 2, 2, 5, 3).permute(0, 2, 4, 1, 3)  # (row, column, C, H, W)
+    grid = torch.from_numpy(pixels_of(data.png(x, columns=2)).copy()).view(2, 2, 2, 5, 3)
+    grid = grid.permute(0, 2, 4, 1, 3)  # (row, column, C, H, W)
     assert torch.equal(grid.flatten(0, 1), (x * 255).round().byte())
     width_and_height = data.png(x[:3])[16:24]  # few images have one row
     assert width_and_height == struct.pack(">II", 15, 2)
@@ -1556,6 +1786,21 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert outcome(out)[2] != outcome(tmp_path / "c")[2]
 
 
+def test_samples_are_pixels(command, tmp_path, glyphs_are_drawn_once):
+    assert command("a", "--method kd") == 0
+    x = glyphs_are_drawn_once.train_images[:64].view(8, 8, 32, 32).transpose(1, 2).reshape(256, 256)
+    assert np.abs(pixels_of((tmp_path / "a" / "samples.png").read_bytes()) - x.numpy().astype(int)).max() <= 1
+
+
+def test_the_last_accuracy_is_the_result(command, tmp_path, monkeypatch):
+    values = iter((99.0, 50.0, 70.0, 60.0))  # the teacher's, three of the student's: the last is not the best
+    monkeypatch.setattr(models, "accuracy", lambda *_: next(values))
+    assert command("a") == 0
+    result = result_of(tmp_path / "a")
+    expected = dict(teacher_accuracy=99, accuracy_last=60, accuracy_max=70, accuracy_mean=60, accuracy_variance=200 / 3)
+    assert {key: result[key] for key in expected} == pytest.approx(expected)
+
+
 @pytest.fixture(scope="session")
 def made_data_sets(tmp_path_factory):
     """A folder with glyphs in the files of three data sets; those of CIFAR-100 in the colours of its 100 classes."""
@@ -1599,6 +1844,13 @@ def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, 
     assert result_of(tmp_path / "a") == result
 
 
+def test_a_run_that_trains_its_teacher_is_the_run_that_finds_it(made_data_sets, tmp_path):
+    flags = f"--dataset fashion-mnist --data-dir {made_data_sets} --teacher-epochs 1 --teacher-dir {tmp_path}/teachers"
+    for out in "ab":
+        assert dfkd.main(small(f"{flags} --out {tmp_path / out}")) == 0
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
 def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path, capsys):
     assert blind(tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -1638,6 +1890,23 @@ def test_every_term_of_every_stage_is_written(blind, tmp_path, method, memory):
     assert written == expected
     size = {"bank": 5 * 32 * 32 * 4, "vae": sum(v.nbytes for v in replay.VAE(8, 1, width=4).state_dict().values())}
     assert result_of(tmp_path)["replay_bytes"] == size.get(memory, 0)
+
+
+def test_means_of_the_losses_are_written(tmp_path):
+    args = dfkd.parse(small(f"--teacher {dfkd.__file__} --no-eval --out {tmp_path}"))
+    run, net = dfkd.Run(args, GLYPHS), nn.Linear(1, 1)
+    run.begin(net, None)
+    run.keep(S=net)
+    for turn in run.steps("student", 8):
+        run.log(L_kd=torch.tensor(float(turn)))
+    assert [float(row["L_kd"]) for row in rows_of(tmp_path)] == [1.5, 5.5]
+
+
+@pytest.mark.parametrize("method", ["rdskd", "pre", "dafl", "zskd", "noise"])
+def test_the_rate_moves_at_every_step(blind, tmp_path, method):
+    assert blind(tmp_path, f"--method {method}") == 0
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["parts"]["decay_S"]["last_epoch"] == result_of(tmp_path)["steps"]
 
 
 @pytest.mark.parametrize("method, least", [
@@ -1769,6 +2038,13 @@ def test_resume_equals_uninterrupted(blind, whole, tmp_path, name, share, capsys
         assert_same(folder, tmp_path)
 
 
+def test_seconds_of_a_resumed_run(blind, tmp_path):
+    with backward_passes(until=14):
+        assert blind(tmp_path) == 130
+    altered(seconds=1000.0)(tmp_path / "checkpoint.pt")
+    assert blind(tmp_path, "--resume") == 0 and result_of(tmp_path)["seconds"] >= 1000
+
+
 @pytest.mark.parametrize("flags", ["--method dafl --student-steps 2 --eval-every 12", "--method zskd --images 9"])
 def test_a_stop_between_the_last_checkpoint_and_the_picture(blind, whole, tmp_path, monkeypatch, flags):
     def stop(images):
@@ -1843,6 +2119,32 @@ def test_a_stopped_teacher_goes_on(tmp_path, glyphs_are_drawn_once):
         train("parts")
 
 
+@pytest.mark.parametrize("name, arch", [("svhn", "wrn-10-1"), ("cifar100", "wrn-10-1"), ("fashion-mnist", "lenet5")])
+def test_how_a_teacher_is_trained(made_data_sets, tmp_path, monkeypatch, name, arch):
+    crops, crop = [], data.cropped_and_mirrored
+    monkeypatch.setattr(data, "cropped_and_mirrored", lambda x: crops.append(len(x)) or crop(x))
+    real, info = data.Data(*(v[:256] for v in data.load(name, made_data_sets))), data.INFO[name]
+    half = tmp_path / "half"
+    models.train(arch, real, info, 2, 0, "fp32", half, lambda *line: None)
+    _, optimiser, cycle = torch.load(half, weights_only=True)["parts"]
+    assert crops == 4 * [128] * info.mirror  # two epochs of two steps
+    assert (cycle["last_epoch"], cycle["total_steps"]) == (4, 4)
+    assert optimiser["param_groups"][0].get("nesterov", False) == (arch != "lenet5")
+    draw = dfkd.real_images(real, info, dfkd.parse("--method kd --device cpu --batch 7".split()))
+    crops.clear()
+    assert draw().shape == (7, info.channels, 32, 32) and crops == [7] * info.mirror
+
+
+def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyphs_are_drawn_once):
+    monkeypatch.setattr(models, "train", lambda name, *rest: models.build(name))
+    real = glyphs_are_drawn_once
+    usual = dict(name="lenet5", real=real, epochs=3, seed=0, precision="fp32")
+    for change in ({}, dict(name="lenet5_half"), dict(real=real._replace(train_images=255 - real.train_images)),
+                   dict(epochs=4), dict(seed=1), dict(precision="bf16"), {}):  # fmt: skip
+        models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **{**usual, **change})
+    assert len(list(tmp_path.iterdir())) == 6
+
+
 def one_beta(path):
     """Adam's two betas become one, which torch would load."""
     saved = torch.load(path, weights_only=True)
@@ -1887,6 +2189,15 @@ def test_resume_refuses_other_arguments(blind, refused, teacher_file, tmp_path, 
     monkeypatch.setattr(dfkd, "get_teacher", None)  # what the flags say is found before a teacher is trained
     for flags, words in (("--student-lr 0.5", "--student-lr 0.01, now 0.5; "), ("--batch 9", "--batch")):
         assert words in refused(tmp_path, f"--resume {flags}")
+
+
+def test_resume_refuses_a_flag_that_was_not_there(blind, refused, tmp_path):
+    assert blind(tmp_path, "--method zskd") == 0
+    path = tmp_path / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["settings"]["image_lr"]
+    torch.save(saved, path)
+    assert "--image-lr None, now" in refused(tmp_path, "--method zskd --resume")
 
 
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
@@ -2002,6 +2313,14 @@ def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
         capsys.readouterr()
         assert dfkd.main(flags) == 1 and words in one_line(capsys.readouterr().err), row
     assert dfkd.main(["--table", str(tmp_path)]) == 1 and "no finished run" in one_line(capsys.readouterr().err)
+
+
+def test_curves_over_minutes(two_runs, tmp_path):
+    assert data.finished(two_runs[0])[1][-1] == (40, 80 / 60, 100.0)
+    flags = ["--plot", *map(str, two_runs), "--out", str(tmp_path / "curves.svg"), "--over", "minutes"]
+    assert dfkd.main(flags) == 0
+    texts = [e.text for e in ElementTree.parse(tmp_path / "curves.svg").findall("{*}text")]
+    assert "minutes" in texts and "1" in texts and "40" not in texts
 
 
 def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
@@ -2140,6 +2459,13 @@ def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_no_gpu_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as exit:
+        dfkd.parse(["--device", "cuda"])
+    assert exit.value.code == 2 and "no GPU" in one_line(capsys.readouterr().err)
+
+
 def test_names_of_folders_that_cannot_be(refused):
     assert "File name too long" in refused("a" * 300)
     assert b"?" in data.svg_curves([(os.fsdecode(b"\xff"), [(0, 1.0)])])  # no UTF-8
@@ -2186,15 +2512,55 @@ def test_schedules_follow_the_kind_of_data():
     assert (cifar["loss_weights"], cifar["student_optimiser"], cifar["student_lr"]) == ((0.05, 5, 0.01), "sgd", 0.5)
     steps = {name: numbers(f"--dataset {name}")["steps"] for name in ("glyphs", "mnist", "fashion-mnist")}
     assert steps == {"glyphs": 5000, "mnist": 12_000, "fashion-mnist": 12_000}
+    assert numbers("--steps 1000")["eval_every"] == 40
     rounds = numbers("--method pre --steps 25 --eval-every 25")
     assert (rounds["steps"], rounds["eval_every"]) == (30, 30)  # rounds of 10 are whole
+
+
+PUBLISHED = {  # papers.md
+    ("rdskd", "mnist"): dict(batch=512, latent=100, width=128, generator_steps=2400, generator_lr=1e-3, steps=120_000,
+                             temperature=10, student_optimiser="adam", student_lr=2e-3, student_decay="none", ours=()),
+    ("rdskd", "cifar10"): dict(batch=512, latent=1000, width=128, generator_steps=2400, generator_lr=1e-3,
+                               steps=120_000, temperature=10, student_optimiser="adam", student_lr=2e-3,
+                               student_decay="drops", ours=()),
+    ("dafl", "mnist"): dict(batch=512, latent=100, generator_lr=0.2, loss_weights=(1, 5, 0.1), student_steps=1,
+                            steps=24_000, temperature=1, student_optimiser="adam", student_lr=2e-3, ours=()),
+    ("dafl", "cifar10"): dict(batch=1024, latent=1000, generator_lr=0.02, loss_weights=(0.05, 5, 0.01), student_steps=1,
+                              steps=240_000, temperature=1, student_optimiser="sgd", student_lr=0.1,
+                              student_decay="drops", ours=()),
+    **{("pre", name): dict(batch=1024, latent=1000, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10,
+                           steps=144_000, student_optimiser=kind, student_lr=0.1, student_decay="cosine",
+                           decay_every=360, eval_every=360, memory_latent=1000, memory_width=128, memory_lr=5e-4,
+                           latent_lr=0.02, replay="vae", ours=())
+       for name, kind in (("mnist", "adam"), ("cifar10", "sgd"))},
+    **{(method, name): dict(images=images, image_steps=1500, image_batch=100, temperature=20, batch=64, student_lr=1e-3,
+                            steps=500 * images // 64, ours=(), **more)
+       for name, images, more_soft in (("mnist", 24_000, dict(sigma=1.5, loss_weights=(0.05,))),
+                                       ("cifar10", 40_000, dict(sigma=2.0, loss_weights=(0.1,))))
+       for method, more in (("zskd", {}), ("soft-target", more_soft))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method, name", PUBLISHED)
+def test_the_papers_schedules_are_as_published(method, name):
+    args = vars(dfkd.parse(f"--method {method} --dataset {name} --schedule paper --device cpu".split()))
+    expected = PUBLISHED[method, name]
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_defaults_of_ones_own_teacher(tmp_path):
+    torch.save({}, tmp_path / "t.pt")
+    args = dfkd.parse(f"--teacher {tmp_path}/t.pt --teacher-arch wrn-16-2 --num-classes 5 --device cpu".split())
+    assert (args.channels, args.image_size, args.mean, args.std) == (3, 32, 3 * (0.5,), 3 * (0.25,))
 
 
 def test_the_student_optimisers_follow_their_schedules():
     def rates(flags, steps):
         optimiser, decay = dfkd.student_optimiser(nn.Linear(1, 1), dfkd.parse(f"--device cpu {flags}".split()))
         assert isinstance(optimiser, torch.optim.SGD) == ("sgd" in flags or "cifar" in flags)
-        assert optimiser.param_groups[0]["weight_decay"] == (5e-4 if isinstance(optimiser, torch.optim.SGD) else 0)
+        group = optimiser.param_groups[0]
+        assert group["weight_decay"] == (5e-4 if isinstance(optimiser, torch.optim.SGD) else 0)
+        assert "cycle" in flags or group.get("momentum", 0.9) == 0.9  # torch's cycle moves it
         values = []
         for _ in range(steps):
             values.append(decay.get_last_lr()[0])
@@ -2207,8 +2573,8 @@ def test_the_student_optimisers_follow_their_schedules():
     assert rates(f"{sgd} cosine --steps 4", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
     cycle = rates(f"{sgd} cycle --steps 100", 100)
     assert cycle[0] == pytest.approx(0.04) and max(cycle) == pytest.approx(cycle[14]) and cycle[-1] < 1e-4
-    drops = rates(f"{sgd} drops", 801 * dfkd.EPOCH)
-    assert drops[800 * dfkd.EPOCH - 1] == 1 and drops[800 * dfkd.EPOCH] == pytest.approx(0.1)
+    drops = rates(f"{sgd} drops", 1601 * dfkd.EPOCH)
+    assert drops[:: 800 * dfkd.EPOCH] == pytest.approx([1, 0.1, 0.01]) and drops[800 * dfkd.EPOCH - 1] == 1
     for name in ("mnist", "cifar10"):  # PRE-DFKD's cosine moves once an epoch of 36 rounds
         epochs = [(1 + math.cos(math.pi * epoch / 400)) / 20 for epoch in range(4)]
         values = rates(f"--method pre --schedule paper --dataset {name}", 1081)
@@ -2272,6 +2638,30 @@ def test_what_is_found_wrong_later_is_one_line(command, tmp_path, flags, words, 
     write_files(tmp_path / "mnist", {"train-images-idx3-ubyte": b""})
     assert command("out", flags.format(tmp_path)) == 1
     assert words in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory: give a smaller"),
+    (MemoryError(), "out of memory"), (torch.cuda.OutOfMemoryError("x"), "out of memory"),
+    (BrokenPipeError(32, "Broken pipe"), "standard output: Broken pipe"),
+    (OSError(28, "No space left"), "out: No space"),
+])  # fmt: skip
+def test_errors_of_a_run_are_one_line(monkeypatch, capsys, tmp_path, error, words):
+    def distil(args):
+        raise error
+
+    monkeypatch.setattr(dfkd, "distil", distil)
+    assert dfkd.main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    assert words in one_line(capsys.readouterr().err)
+    error = RuntimeError("a mistake of the program")  # is not hidden
+    with pytest.raises(RuntimeError, match="a mistake"):
+        dfkd.main(["--device", "cpu", "--out", str(tmp_path / "out")])
+
+
+def test_the_commit_is_this_programs(tmp_path, monkeypatch):
+    here = data.git_commit()
+    monkeypatch.chdir(tmp_path)
+    assert data.git_commit() == here
 
 
 # ---------------------------------------------------------------- the house
@@ -2560,6 +2950,14 @@ def test_bad_test_files(own, tmp_path, arrays, message, capsys):
     assert re.search(f"bad.npz: .*{message}", one_line(capsys.readouterr().err))
 
 
+def test_a_small_zip_of_many_bytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "NPZ_LIMIT", 5000)
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((20, 1, 32, 32), np.uint8), labels=np.arange(20) % 10)
+    assert (tmp_path / "a.npz").stat().st_size < 5000
+    with pytest.raises(data.DataError, match="more than 5000 bytes"):
+        data.test_set(tmp_path / "a.npz", GLYPHS)
+
+
 def test_a_damaged_test_file_is_read_or_refused(tmp_path):
     path, info = tmp_path / "test.npz", data.Info(10, 3, (0,) * 3, (1,) * 3, size=8)
     images, labels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8), np.arange(20) % 10
@@ -2609,11 +3007,31 @@ def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job):
     python, noted = tmp_path / "python", tmp_path / "noted"
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$@" >> "{noted}"\n')
     python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "SEEDS": ""}
+    env = {**os.environ, "PYTHON": str(python), "SEEDS": "0 1"}
     subprocess.run([HERE / "run.sh", *job.split()], env=env, check=True)
     *rows, table = [line.split()[1:] for line in noted.read_text().splitlines()]
-    folders = [dfkd.parse([*row, "--device", "cpu"]).out for row in rows]
-    assert table == ["--table", *folders] and len(set(folders)) == len(folders) >= 10
+    made = [vars(dfkd.parse([*row, "--device", "cpu"])) for row in rows]
+    folders = [args.pop("out") for args in made]
+    assert table == ["--table", *folders] and len(set(folders)) == len(folders) >= 20
+    assert all(folder.endswith(f"-{args['seed']}") for folder, args in zip(folders, made))
+    assert all(args["seed"] == args["teacher_seed"] for args in made)
+    assert len(set(map(str, made))) == len(made)  # no two rows are the same run
+
+
+def test_the_claims_end_with_a_line_for_each_method(tmp_path):
+    python, table = tmp_path / "python", tmp_path / "table"
+    rows = {"robust-rdskd": 96, "robust-rdskd-lr1": 98, "robust-dafl": 90, "claim-sum": 1, "robust-dafl-w": 90}
+    rows = [f"| table-mnist-{name} | 99.00 | {x:.2f} ± 1.00 | 3.00, 4.00 | 5.0 | 6 |\n" for name, x in rows.items()]
+    table.write_text("".join([*rows, "\n| table-mnist-robust-rdskd | 1 | 2 | 3 |\n"]))
+    python.write_text(f'#!/bin/sh\ncase "$*" in *--table*) cat "{table}" ;; esac\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "SEEDS": "0"}
+    done = subprocess.run([HERE / "run.sh", "claims", "mnist"], env=env, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == [
+        "robust-dafl: student 90.00 ± 0.00, worst 90.00, over 2 settings",
+        "robust-rdskd: student 97.00 ± 1.41, worst 96.00, over 2 settings",
+    ]
+    assert subprocess.run([HERE / "run.sh", "jump"], capture_output=True).returncode == 2
 
 
 # ---------------------------------------------------------------- ./run.sh bench
