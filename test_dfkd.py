@@ -2572,8 +2572,10 @@ def test_the_student_optimisers_follow_their_schedules():
     assert rates(f"{sgd} cosine --steps 4", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
     cycle = rates(f"{sgd} cycle --steps 100", 100)
     assert cycle[0] == pytest.approx(0.04) and max(cycle) == pytest.approx(cycle[14]) and cycle[-1] < 1e-4
+    drops = rates(f"{sgd} drops", 801 * dfkd.EPOCH)
+    assert drops[800 * dfkd.EPOCH - 1] == 1 and drops[800 * dfkd.EPOCH] == pytest.approx(0.1)
     _, drops = dfkd.student_optimiser(nn.Linear(1, 1), dfkd.parse(f"--device cpu {sgd} drops".split()))
-    assert drops.gamma == 0.1 and sorted(drops.milestones.elements()) == [800 * dfkd.EPOCH, 1600 * dfkd.EPOCH]
+    assert sorted(drops.milestones.elements()) == [800 * dfkd.EPOCH, 1600 * dfkd.EPOCH]
     for name in ("mnist", "cifar10"):  # PRE-DFKD's cosine moves once an epoch of 36 rounds
         epochs = [(1 + math.cos(math.pi * epoch / 400)) / 20 for epoch in range(4)]
         values = rates(f"--method pre --schedule paper --dataset {name}", 1081)
@@ -3012,12 +3014,12 @@ def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job):
     python, noted = tmp_path / "python", tmp_path / "noted"
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$@" >> "{noted}"\n')
     python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "SEEDS": "0 1"}
+    env = {**os.environ, "PYTHON": str(python), "SEEDS": ""}
     subprocess.run([HERE / "run.sh", *job.split()], env=env, check=True)
     *rows, table = [line.split()[1:] for line in noted.read_text().splitlines()]
     made = [vars(dfkd.parse([*row, "--device", "cpu"])) for row in rows]
     folders = [args.pop("out") for args in made]
-    assert table == ["--table", *folders] and len(set(folders)) == len(folders) >= 20
+    assert table == ["--table", *folders] and len(set(folders)) == len(folders) >= 10
     assert all(folder.endswith(f"-{args['seed']}") for folder, args in zip(folders, made))
     assert all(args["seed"] == args["teacher_seed"] for args in made)
     assert len(set(map(str, made))) == len(made)  # no two rows are the same run
