@@ -3007,15 +3007,21 @@ def test_the_readmes_own_network_is_distilled_as_it_stands(tmp_path, monkeypatch
 # ---------------------------------------------------------------- ./run.sh table, ./run.sh claims
 
 
+def run_sh(tmp_path, job, script, seeds):
+    """Run a job of run.sh with a Python that is this shell script -> what it prints."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "SEEDS": seeds}
+    return subprocess.check_output([HERE / "run.sh", *job.split()], env=env, text=True)
+
+
 @pytest.mark.parametrize("job", ["table glyphs", "table mnist", "table cifar10", "table cifar10 --device cpu",
                                  "claims mnist"])  # fmt: skip
 def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job):
     """`python` is a script here that notes how it is called and sees a GPU."""
-    python, noted = tmp_path / "python", tmp_path / "noted"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$@" >> "{noted}"\n')
-    python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "SEEDS": ""}
-    subprocess.run([HERE / "run.sh", *job.split()], env=env, check=True)
+    noted = tmp_path / "noted"
+    run_sh(tmp_path, job, f'[ "$1" = -c ] || echo "$@" >> "{noted}"', seeds="")
     *rows, table = [line.split()[1:] for line in noted.read_text().splitlines()]
     made = [vars(dfkd.parse([*row, "--device", "cpu"])) for row in rows]
     folders = [args.pop("out") for args in made]
@@ -3026,15 +3032,12 @@ def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job):
 
 
 def test_the_claims_end_with_a_line_for_each_method(tmp_path):
-    python, table = tmp_path / "python", tmp_path / "table"
+    table = tmp_path / "table"
     rows = {"robust-rdskd": 96, "robust-rdskd-lr1": 98, "robust-dafl": 90, "claim-sum": 1, "robust-dafl-w": 90}
     rows = [f"| table-mnist-{name} | 99.00 | {x:.2f} ± 1.00 | 3.00, 4.00 | 5.0 | 6 |\n" for name, x in rows.items()]
     table.write_text("".join([*rows, "\n| table-mnist-robust-rdskd | 1 | 2 | 3 |\n"]))
-    python.write_text(f'#!/bin/sh\ncase "$*" in *--table*) cat "{table}" ;; esac\n')
-    python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "SEEDS": "0"}
-    done = subprocess.run([HERE / "run.sh", "claims", "mnist"], env=env, check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-2:] == [
+    printed = run_sh(tmp_path, "claims mnist", f'case "$*" in *--table*) cat "{table}" ;; esac', seeds="0")
+    assert printed.splitlines()[-2:] == [
         "robust-dafl: student 90.00 ± 0.00, worst 90.00, over 2 settings",
         "robust-rdskd: student 97.00 ± 1.41, worst 96.00, over 2 settings",
     ]
