@@ -106,6 +106,21 @@ class LeNet5(Classifier):
 # ---------------------------------------------------------------- AlexNet
 
 
+class LocalResponseNorm(nn.Module):
+    """x_i / (1 + 1e-4/5 Σ_j x_j²)^0.75, j over the five channels around i: nn.LocalResponseNorm(5), by a convolution.
+
+    Two to three times as fast, and without avg_pool3d, whose gradient on a GPU differs from run to run.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        band = torch.ones(width, width).tril(2).triu(-2) * 1e-4 / 5
+        self.register_buffer("band", band[..., None, None], persistent=False)
+
+    def forward(self, x):
+        return x * (1 + F.conv2d(x.square(), self.band)) ** -0.75  # (B, C, H, W)
+
+
 class AlexNet(Classifier):
     """AlexNet for 32 x 32 images with ZSKD's widths (48, 128, 192, 192, 128, 512, 256), or half of them."""
 
@@ -119,8 +134,8 @@ class AlexNet(Classifier):
             return nn.MaxPool2d(3, 2), nn.BatchNorm2d(width)
 
         self.body = nn.Sequential(
-            *(nn.Conv2d(channels, a, 5, padding=2), nn.ReLU(), nn.LocalResponseNorm(5), *pool(a)),  # (B, 48, 15, 15)
-            *(nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.LocalResponseNorm(5), *pool(b)),  # (B, 128, 7, 7)
+            *(nn.Conv2d(channels, a, 5, padding=2), nn.ReLU(), LocalResponseNorm(a), *pool(a)),  # (B, 48, 15, 15)
+            *(nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), LocalResponseNorm(b), *pool(b)),  # (B, 128, 7, 7)
             *(nn.Conv2d(b, c, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(c)),
             *(nn.Conv2d(c, d, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(d)),
             *(nn.Conv2d(d, e, 3, padding=1), nn.ReLU(), *pool(e)),  # (B, 128, 3, 3)
