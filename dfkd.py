@@ -187,8 +187,8 @@ def rdskd(teacher, student, info, args, run):
     memory = replay_memory(info, args)
     reference = torch.zeros(2, device=args.device)  # L_oh', L_ie' [C]
     penalty = {"exp": torch.exp, "sum": torch.clone}[args.penalty]
-    parts = dict(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
-    run.keep(**parts, reference=reference)
+    run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory,
+             reference=reference)  # fmt: skip
     run.samples = lambda: generators.fixed_images(G)
 
     for step in run.steps("generator", args.generator_steps):
@@ -206,7 +206,7 @@ def rdskd(teacher, student, info, args, run):
             run.log(**memory.learn(x.detach(), teacher, rehearse=step > 0))
 
     frozen_G = generators.frozen(G)
-    run.fresh = (generators.fresh_images(frozen_G, B) for _ in range(8))
+    run.fresh = lambda: [generators.fresh_images(frozen_G, B) for _ in range(8)]
     for _ in run.steps("student", args.steps, evaluate=True):
         x = beside_memory(generators.fresh_images(frozen_G, B), memory, teacher)
         L_kd = generators.distillation_loss(student(x), teacher(x), tau)
@@ -244,7 +244,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     memory = replay_memory(info, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
-    run.fresh = (generators.fresh_images(G, B) for _ in range(8))
+    run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
 
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
         z = torch.randn(B, d, device=args.device)
@@ -271,19 +271,18 @@ def pre(teacher, student, info, args, run):
     G: DAFL's terms, and disagreement between S and T. S: the mean distance of the logits.
     """
     B, d = args.batch, args.latent
-    a, b, c = args.loss_weights
     G, optimiser_G = image_generator(info, args, spectral_norm=True, bound=0.08)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
-    run.fresh = (generators.fresh_images(G, B) for _ in range(8))
+    run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
 
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
         x = G(torch.randn(B, d, device=args.device))
         t, f = teacher(x, return_features=True)
         L_js = generators.js_disagreement_loss(student(x), t)
-        L_G = generators.dafl_loss(t, f, a, b, c) + L_js
+        L_G = generators.dafl_loss(t, f, *args.loss_weights) + L_js
         minimise(L_G, optimiser_G)
         L_ie = generators.information_entropy_log10(t)
         run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=L_ie, L_a=generators.activation_loss(f), L_js=L_js)
@@ -383,7 +382,7 @@ def transfer_set(make_images, teacher, student, info, args, run):
         run.log(**generators.label_shares(t, y, intended))
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
-    run.fresh = (make_images(index)[0] for index in [torch.arange(args.image_batch, device=args.device) + args.images])
+    run.fresh = lambda: [make_images(args.images + torch.arange(args.image_batch, device=args.device))[0]]
     batches = [data.load_tensors(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])
@@ -400,8 +399,9 @@ def transfer_set(make_images, teacher, student, info, args, run):
 def noise(teacher, student, info, args, run):
     """The lower bound: S learns from T's outputs on Gaussian images."""
     shape = (args.batch, info.channels, info.size, info.size)
-    run.fresh = (torch.randn(shape, device=args.device) for _ in range(8))
-    on_images(lambda: torch.randn(shape, device=args.device), teacher, student, args, run)
+    draw = functools.partial(torch.randn, shape, device=args.device)
+    run.fresh = lambda: [draw() for _ in range(8)]
+    on_images(draw, teacher, student, args, run)
 
 
 def on_images(draw, teacher, student, args, run):
@@ -481,6 +481,7 @@ def feature_model(teacher, args):
     layer = teacher.modelled if args.layer == "auto" else args.layer
     try:
         linear, rest = teacher.split(layer)
+        generators.feature_distribution(linear.weight, 1.0)  # an error, if it has none
         if args.sigma != "auto":
             return layer, linear, rest, args.sigma
         sigma = generators.feature_scale(linear.weight, rest, CERTAINTY)
@@ -539,7 +540,7 @@ class Run:
         self.out, self.commit, self.torch, self.begun = Path(args.out), data.git_commit(), str(torch.__version__), 0.0
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
-        self.turn, self.fresh = 0, None  # batches of images that S is not trained on, made when they are asked for
+        self.turn, self.fresh = 0, None  # fresh() -> batches of images that S was not trained on
         if args.resume and (self.out / "checkpoint.pt").exists():
             self.resume()
 
@@ -548,7 +549,8 @@ class Run:
             saved = data.load_tensors(self.out / "checkpoint.pt")
         except data.DataError:
             raise self.foreign() from None
-        if not sound_checkpoint(saved):
+        kinds = dict(settings=dict, done=dict, rows=list, seconds=float, torch=str, parts=dict, random=dict)
+        if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
             raise self.foreign()
         before, now = saved["settings"], self.settings
         for key in {**now, **before}:
@@ -580,7 +582,7 @@ class Run:
         if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
             raise RunError(f"{self.out}: began with another teacher; give the same to resume")
         if self.saved and self.done.get("student") == self.args.steps:  # the record names what computed the numbers
-            self.commit, self.torch = self.saved["commit"], self.saved.get("torch", self.torch)
+            self.commit, self.torch = self.saved["commit"], self.saved["torch"]
         elif self.saved and self.saved["commit"] != self.commit:
             print(f"{self.out}: began with commit {self.saved['commit']} of this program, goes on with {self.commit}")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
@@ -675,8 +677,7 @@ class Run:
 
         It comes after the last step and its checkpoint: what it draws, and what it changes in G, changes no result.
         """
-        self.where, student = "agreement ", self.kept["S"].eval()
-        batches = list(batches)  # those of a memory need gradients
+        student = self.kept["S"].eval()
         with torch.no_grad():
             x, t, s = map(torch.cat, zip(*((x, self.teacher(x), student(x)) for x in batches)))
         same = (s.argmax(1) == t.argmax(1)).float().mean()
@@ -689,8 +690,9 @@ class Run:
             raise RunError("the student became NaN in its last steps; try lower learning rates and another --out")
         self.show_files()  # once more: a kill may have come between the last checkpoint and them
         curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
-        agreement, diversity = self.compared(self.fresh) if self.fresh else (None, None)
-        recalled = self.compared(memory.recall(args.batch, self.teacher) for _ in range(8))[0] if memory else None
+        self.where = "agreement "
+        agreement, diversity = self.compared(self.fresh()) if self.fresh else (None, None)
+        recalled = self.compared([memory.recall(args.batch, self.teacher) for _ in range(8)])[0] if memory else None
         result = dict(
             method=args.method, dataset=args.dataset, teacher=args.teacher_arch, student=args.student_arch,
             seed=args.seed, steps=args.steps, teacher_accuracy=teacher_accuracy,
@@ -705,25 +707,6 @@ class Run:
         data.save(self.out / "student.pt", {k: v.cpu() for k, v in student.items()})
         data.write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
-
-
-def sound_checkpoint(saved):
-    """Whether this has the form of a checkpoint; what its parts hold is seen when they are loaded."""
-    fields = dict(settings=dict, done=dict, rows=list, seconds=float, commit=(str, type(None)), parts=dict, random=dict)
-    if not isinstance(saved, dict) or not fields.keys() <= saved.keys():
-        return False
-    settings, rows, plain = saved["settings"], saved["rows"], (str, int, float, tuple, list, type(None))
-    if not all(isinstance(saved[key], kind) for key, kind in fields.items()) or not saved["seconds"] >= 0:
-        return False
-    if not all(isinstance(row, dict) and {"stage", "step", "accuracy"} <= row.keys() for row in rows):
-        return False
-    values = [*settings.values(), *saved["done"].values(), *(value for row in rows for value in row.values())]
-    if not all(isinstance(value, plain) for value in values) or not all(isinstance(key, str) for key in settings):
-        return False
-    if not all(isinstance(row["stage"], str) and type(row["accuracy"]) in (float, type(None)) for row in rows):
-        return False
-    steps = {row["stage"]: row["step"] for row in rows}
-    return steps == saved["done"] and all(type(step) is int and step > 0 for step in steps.values())
 
 
 def show(line, keep):
@@ -744,7 +727,7 @@ def flag(key):
 
 def number(kind, least, most=None, auto=False):
     """argparse's type for a number of this kind within these bounds, or for the word `auto`."""
-    most = most or {int: 2**31 - 1, float: 1e38}[kind]
+    most = most or {int: 2**31 - 1, float: 1e30}[kind]
 
     def parse(text):
         if auto and text == "auto":
@@ -786,7 +769,7 @@ def parser():
 
     add = top.add_argument_group("a teacher without a data set: needs --teacher and --teacher-arch").add_argument
     add("--num-classes", type=number(int, 2), metavar="K", help="its classes (default: FILE.py:NAME's, or 10)")
-    add("--channels", type=number(int, 1), metavar="C", help="of its images (default: as many as --mean has, or 3)")
+    add("--channels", type=number(int, 1, 1000), metavar="C", help="of its images (default: as many as --mean has, or 3)")
     add("--image-size", type=number(int, 8, 1024), metavar="N", help="their side, a multiple of 4 (default: 32)")
     add("--mean", type=number(float, 0, 1), nargs="+", metavar="M", help="of its pixels, per channel (default: 0.5)")
     add("--std", type=number(float, 1e-3), nargs="+", metavar="S", help="their deviation (default: 0.25)")
@@ -929,24 +912,23 @@ def name_data(args, error):
 
 def name_networks(args, error):
     """Which networks; they are built once to see that they fit the images and, for an own teacher, its classes."""
-    args.teacher_arch = args.teacher_arch or TEACHERS[args.dataset]
-    for key in ("teacher_arch", "student_arch"):
-        arch = getattr(args, key) or STUDENTS.get(args.teacher_arch)
-        if not arch:
+    key, args.teacher_arch = "teacher_arch", args.teacher_arch or TEACHERS[args.dataset]
+    try:
+        teacher = models.sample(args.teacher_arch, data_info(args))
+        if args.dataset == "own":
+            args.num_classes = teacher.classes
+        key, args.student_arch = "student_arch", args.student_arch or STUDENTS.get(args.teacher_arch)
+        if not args.student_arch:
             error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
-        setattr(args, key, arch)
-        try:
-            net = models.sample(arch, data_info(args))
-            if isinstance(net, models.Own) and key == "student_arch":
-                net.check_that_it_trains()
-        except (ValueError, models.NetworkError) as problem:
-            error(f"{flag(key)}: {problem}")
-        if args.dataset == "own" and key == "teacher_arch":
-            args.num_classes = net.classes
-        if args.layer == "fc2" and key == "teacher_arch" and net.modelled != "fc2":
-            error(f"--layer fc2: {arch} has no such layer, only logits")
-        if isinstance(net, models.Own) and key == "teacher_arch":
-            fit_method(net, args, error)
+        student = models.sample(args.student_arch, data_info(args))
+        if isinstance(student, models.Own):
+            student.check_that_it_trains()
+    except (ValueError, models.NetworkError) as problem:
+        error(f"{flag(key)}: {problem}")
+    if args.layer == "fc2" and teacher.modelled != "fc2":
+        error(f"--layer fc2: {args.teacher_arch} has no such layer, only logits")
+    if isinstance(teacher, models.Own):
+        fit_method(teacher, args, error)
 
 
 def fit_method(teacher, args, error):
@@ -1165,7 +1147,7 @@ def main(argv=None):
         problem, code = f"{error.filename or out or 'standard output'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
         texts = ("DefaultCPUAllocator", "size calculation overflowed")
-        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(t in str(error) for t in texts)
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in texts)
         if not known:
             raise
         problem, code = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size", 1

@@ -308,6 +308,7 @@ def test_batch_norm_hooks_leave_nothing_behind():
         assert torch.equal(net(x), before)
         1 / 0
     assert [layer for layer, _ in collected] == [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert g.batch_norm_prior([(net.bn, torch.randn(2, 64, 3, 3, dtype=torch.double))]).dtype == torch.double
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
@@ -628,8 +629,7 @@ class Recorder:
 
     def log(self, **terms):
         for name, value in terms.items():
-            if value is not None:
-                self.logged.setdefault((self.stage, name), []).append(value.item())
+            self.logged.setdefault((self.stage, name), []).append(value.item())
 
     def tell(self, text):
         pass
@@ -842,14 +842,11 @@ def test_four_steps_of_the_memory_a_round(watch, method, novel, steps, learned):
 
 def test_pre_shows_memory_samples_beside_novel_ones_and_its_memory_learns_half_of_the_novel_ones(watch):
     _, events = watch(PRE)
-    assert [len(e.x) for e in events if e.who == "S"] == 2 * [16, *6 * [18]]  # the 16 are L_js's
     novel = [e.y for e in events if e.who == "G"]
     assert len({x.numpy().tobytes() for x in novel}) == 14  # G's own batch is not used again
     seen = [e.x[:16] for e in events if e.who == "S"]
     assert all(torch.equal(a, b) for a, b in zip(novel, seen, strict=True))
-    learned = [i for i, e in enumerate(events) if e.who == "VAE"]
-    assert [len(events[i].x) for i in learned] == 4 * [8] + 4 * [8 + 2]  # it rehearses from the second round on
-    for i in learned:
+    for i in (i for i, e in enumerate(events) if e.who == "VAE"):
         seen = [e.x for e in events[:i] if e.who == "S"][-1]
         assert torch.equal(events[i].x[:8], seen[:8])
 
@@ -1071,6 +1068,9 @@ def test_flags_reach_what_they_name():
     args, T = dfkd.parse("--method soft-target --device cpu --layer logits --sigma 3".split()), models.build("lenet5")
     layer, linear, _, sigma = dfkd.feature_model(T, args)
     assert (layer, linear, sigma) == ("logits", T.classifier, 3)
+    nn.init.constant_(T.classifier.weight, torch.nan)
+    with pytest.raises(dfkd.RunError, match=r"--layer logits --sigma 3\.0: "):
+        dfkd.feature_model(T, args)
 
 
 def test_the_automatic_sigma_is_as_documented(teacher_file):
@@ -1403,7 +1403,7 @@ DAMAGE = {  # kind: {what is wrong: (the damage or the damaged content, the mess
         "truncated": (lambda b: b[:-1], "15364 bytes, expected a multiple of 3073"),
         "empty": (b"", "0 bytes"),
         "too long": (lambda b: b * 2001, "no file, or one of more than 30730000 bytes"),
-        "label out of range": (lambda b: b[:3073] + b"\x0a" + b[3074:], "label 10 at byte 3073, expected 0 to 9"),
+        "label out of range": (lambda b: b[:3073] + b"\x0a" + b[3074:], "label 10, expected 0 to 9"),
     },
     "CIFAR archive": {
         **{name: (gzip.compress(content, 1), message) for name, content, message in [
@@ -1899,7 +1899,9 @@ def test_every_term_of_every_stage_is_written(blind, tmp_path, method, memory):
         expected["images"] = {"L_x", "agreement", "strayed", *terms}
     assert written == expected
     size = {"bank": 5 * 32 * 32 * 4, "vae": sum(v.nbytes for v in replay.VAE(8, 1, width=4).state_dict().values())}
-    assert result_of(tmp_path)["replay_bytes"] == size.get(memory, 0)
+    result, saved = result_of(tmp_path), torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert result["replay_bytes"] == size.get(memory, 0)
+    assert saved["parts"]["decay_S"]["last_epoch"] == result["steps"]  # the rate moves at every step
 
 
 def test_means_of_the_losses_are_written(tmp_path):
@@ -1910,13 +1912,6 @@ def test_means_of_the_losses_are_written(tmp_path):
     for turn in run.steps("student", 8):
         run.log(L_kd=torch.tensor(float(turn)))
     assert [float(row["L_kd"]) for row in rows_of(tmp_path)] == [1.5, 5.5]
-
-
-@pytest.mark.parametrize("method", ["rdskd", "pre", "dafl", "zskd", "noise"])
-def test_the_rate_moves_at_every_step(blind, tmp_path, method):
-    assert blind(tmp_path, f"--method {method}") == 0
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["parts"]["decay_S"]["last_epoch"] == result_of(tmp_path)["steps"]
 
 
 @pytest.mark.parametrize("method, least", [
@@ -2176,8 +2171,6 @@ CHECKPOINTS = {
     "a shorter list": one_beta,
     "no random state": altered(random=dict(cpu=torch.zeros(3))),
     "no settings": altered(settings=None),
-    "no figures": altered(done={"student": "8"}),
-    "no rows": altered(rows=[3]),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "text": lambda path: path.write_text("no checkpoint"),
 }
@@ -2270,19 +2263,8 @@ def test_a_full_disk_keeps_what_was_written(blind, refused, whole, tmp_path):
     assert_same(folder, tmp_path)
 
 
-def test_the_first_images_of_many_processes_are_the_same():
-    code = """if True:
-        import zlib, torch, generators, models
-        models.set_up_torch(2)
-        torch.manual_seed(0)
-        x = generators.Generator(20, 1, width=8)(torch.randn(256, 20)).detach()
-        print(zlib.crc32(x.numpy()), zlib.crc32(x.abs().exp().log().erf().sqrt().numpy()))"""
-    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE) for _ in range(4)]
-    assert len({run.communicate()[0].splitlines()[-1] for run in runs}) == 1
-
-
 def test_mkls_functions_are_first_called_on_one_thread(monkeypatch):
-    """Which kernels two threads get that make the first call together is chance: the test above would see it seldom."""
+    """Which kernels two threads get that make the first call together is chance, and first images would differ."""
     called = {}
     for name in ("tanh", "exp", "log", "sqrt", "sin", "cos", "erf"):
         monkeypatch.setattr(torch, name, lambda x, name=name: called.setdefault(name, x.numel()))
@@ -2373,7 +2355,7 @@ def test_damaged_results_are_drawn_or_refused(two_runs):
 OTHERS = (
     None, -1, 2**70, 1e308, math.nan, "text", [], {}, [[3]], {"a": 1}, True, torch.zeros(3), torch.zeros(0),
     torch.zeros(2, 2, dtype=torch.cfloat), torch.tensor(3), torch.ones(5, 5).to_sparse(), torch.empty(7, device="meta"),
-    torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), torch.ones(3, dtype=torch.bfloat16),
+    torch.ones(3, dtype=torch.bfloat16),
 )  # fmt: skip
 
 
@@ -2396,21 +2378,16 @@ def altered_somewhere(tree, rng):
     return changed
 
 
-def damage(path, content, tree, rng):
-    """Write a file anew: its bytes garbled, or its tensors altered."""
-    if rng.random() < 0.5:
-        path.write_bytes(garbled(content, rng))
-    else:
-        torch.save(altered_somewhere(tree, rng), path)
-
-
 def test_a_damaged_teacher_is_loaded_or_refused(tmp_path):
     path, tree = tmp_path / "teacher.pt", dict(models.build("lenet5_half").state_dict())
     torch.save(tree, path)
     content = path.read_bytes()
 
     def attempt(rng):
-        damage(path, content, tree, rng)
+        if rng.random() < 0.5:
+            path.write_bytes(garbled(content, rng))
+        else:
+            torch.save(altered_somewhere(tree, rng), path)
         assert models.load(path, "lenet5_half", GLYPHS, "cpu", "fp32")(torch.zeros(2, 1, 32, 32)).isfinite().all()
 
     assert 1 / 2 < refusals(60, attempt, (data.DataError, models.NetworkError), path)
@@ -2418,10 +2395,10 @@ def test_a_damaged_teacher_is_loaded_or_refused(tmp_path):
 
 def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, capsys):
     path = Path(shutil.copy(whole("")[0] / "checkpoint.pt", tmp_path))
-    content, tree = path.read_bytes(), torch.load(path, weights_only=True)
+    content = path.read_bytes()
 
     def attempt(rng):
-        damage(path, content, tree, rng)
+        path.write_bytes(garbled(content, rng))
         capsys.readouterr()
         if blind(tmp_path, "--resume"):
             raise dfkd.RunError(one_line(capsys.readouterr().err).strip())
@@ -2446,6 +2423,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--method pre --loss-weights 1 x 3", "--loss-weights"), ("--method dafl --loss-weights 1 2", "has 3"),
     ("--method soft-target --loss-weights 1 2", "has 1"), ("--method zskd --sigma 2", "--sigma"),
     ("--method soft-target --sigma small", "--sigma"), ("--method soft-target --sigma 1e20", "--sigma"),
+    ("--method zskd --image-lr 1e38", "--image-lr"), ("--channels 2147483647", "--channels"),
     ("--images 7", "--images"), ("--method soft-target --layer fc3", "fc3"), ("--method zskd --replay vae", "--replay"),
     ("--num-classes 7", "--teacher FILE"), ("--channels 0", "--channels"), ("--table", "--table"),
     ("--method zskd --temperature 0", "--temperature"), ("--teacher-arch wrn-10-1", "--student-arch"),
@@ -2506,8 +2484,7 @@ def test_the_schedule_that_is_printed_makes_the_same_run(method, column):
     args = dfkd.parse(f"{flags} --schedule {'paper' if 'paper' in column else 'default'}".split())
     again = dfkd.parse([*flags.split(), *dfkd.schedule_text(args).split()[1:]])
     for key in dfkd.SCHEDULES[method]:
-        before, now = (tuple(v) if isinstance(v, list) else v for v in (getattr(args, key), getattr(again, key)))
-        assert before == now or dfkd.memory_kind(key) not in (None, args.replay), key  # these are not printed
+        assert getattr(args, key) == getattr(again, key) or dfkd.memory_kind(key) not in (None, args.replay), key  # these are not printed
 
 
 def test_schedules_follow_the_kind_of_data():
@@ -2598,6 +2575,16 @@ class Exploit:
 
 
 LENET = models.build("lenet5").state_dict()
+
+
+def one_bit_altered():
+    """A file of LENET whose last bias differs in one bit, which torch.load would not notice."""
+    file = io.BytesIO()
+    torch.save(LENET, file)
+    bias = LENET["classifier.bias"].numpy().tobytes()
+    return file.getvalue().replace(bias, bytes([bias[0] ^ 1]) + bias[1:])
+
+
 OTHER_TENSORS = {
     "sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat, "on meta": lambda v: v.to("meta"),
     "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
@@ -2605,6 +2592,7 @@ OTHER_TENSORS = {
 TEACHER_FILES = {  # what torch.save wrote, or bytes
     "text": (b"no checkpoint", "not a PyTorch file"),
     "empty": (b"", "not a PyTorch file"),
+    "one bit altered": (one_bit_altered(), "not a PyTorch file.*damaged"),
     "code": (Exploit(), "not a PyTorch file"),
     "whole model": (models.build("lenet5"), "not a PyTorch file"),
     "no state dict": ([1, 2], "no state dict"),
@@ -2739,8 +2727,8 @@ class thin(nn.Module):
         self.fc, self.scale = nn.Linear(32, num_classes), nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, x):
-        x = self.body(x) * self.scale
-        return self.fc(x.view(x.size(0), -1))
+        self.kept = (self.body(x) * self.scale).view(x.size(0), -1)  # no leaf: deepcopy refuses it
+        return self.fc(input=self.kept)
 
 
 class CNN(nn.Module):
@@ -2859,13 +2847,14 @@ def test_the_agreement_is_measured_on_images_that_the_student_has_not_seen(own, 
         begin(run, teacher, evaluate)
         note = lambda net, x: seen[net.training].update(v.half().numpy().tobytes() for v in x[0])  # noqa: E731
         run.keep = lambda keep=run.keep, **parts: parts["S"].register_forward_pre_hook(note) and keep(**parts)
-        run.twin = lambda: [setattr(run, "kept", {"S": teacher}), run.compared([torch.randn(5, 1, 28, 28)])][1][0]
         seen["run"] = run
 
     monkeypatch.setattr(dfkd.Run, "begin", watched)
     assert own[0]("CNN", f"--method {method}", tmp_path / "run") == 0
     assert len(seen[False]) == (9 if method == "zskd" else 8 * 16) and not seen[True] & seen[False]
-    assert seen["run"].twin() == 100  # a student that is the teacher
+    run = seen["run"]
+    run.kept = {"S": run.teacher}
+    assert run.compared([torch.randn(5, 1, 28, 28)])[0] == 100  # a student that is the teacher
 
 
 def test_any_network_as_a_classifier(own):
