@@ -495,7 +495,7 @@ def batch_norm_inputs(net):
 
 def batch_norm_prior(batch_norm):
     """sum_l BN_l over the layers and inputs that `batch_norm_inputs` collected -> scalar; 0 without BatchNorm."""
-    losses = [batch_norm_loss(h.float(), layer.running_mean, layer.running_var) for layer, h in batch_norm]
+    losses = [batch_norm_loss(at_least_float32(h), layer.running_mean, layer.running_var) for layer, h in batch_norm]
     return sum(losses, torch.zeros(()))
 
 

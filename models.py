@@ -273,10 +273,10 @@ class Own(Classifier):
         return logits
 
     def check_that_it_trains(self):
-        """NetworkError where it cannot be a student; its BatchNorms are left as they are."""
+        """NetworkError where it cannot be a student; for a network that is not used, since BatchNorms move."""
         if not trained_weights(self):
             raise NetworkError(f"{self.name} has no weights that could be trained")
-        self.probe(copy.deepcopy(self.net).train())
+        self.probe(self.net.train())
 
     @property
     def classifier(self):
@@ -285,10 +285,14 @@ class Own(Classifier):
     def forward(self, x, return_features=False):
         # NCHW, because many networks call view(B, -1); a copy, because some change their input in place
         x = x.clone(memory_format=torch.contiguous_format)
-        read = []
         if not return_features or self.last is None:
             return (self.net(x), None) if return_features else self.net(x)
-        hook = self.classifier.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
+        read = []
+
+        def note(layer, inputs, named):
+            read.append(inputs[0] if inputs else named["input"])
+
+        hook = self.classifier.register_forward_pre_hook(note, with_kwargs=True)
         try:
             return self.net(x), read[-1]
         finally:
@@ -413,13 +417,13 @@ def sample(name, info):
 
 def exported(net, info):
     """The network as the bytes of a .pt2 file that takes batches of any size; torch.export.load reads it."""
-    net, buffer = copy.deepcopy(getattr(net, "net", net)).cpu().eval(), io.BytesIO()
-    net.bf16 = False
-    x = torch.zeros(2, info.channels, info.size, info.size)
+    x, buffer = torch.zeros(2, info.channels, info.size, info.size), io.BytesIO()
     try:
+        net = copy.deepcopy(getattr(net, "net", net)).cpu().eval()
+        net.bf16 = False
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, buffer)
-    except Exception as error:  # torch cannot trace every network
+    except Exception as error:  # torch cannot copy and trace every network
         raise NetworkError(f"the student, student.pt, cannot be exported: {in_one_line(error)}") from None
     return buffer.getbuffer()
 
