@@ -12,7 +12,6 @@ import base64
 import contextlib
 import csv
 import functools
-import glob
 import gzip
 import hashlib
 import html
@@ -539,9 +538,8 @@ def compare_with_published(path, checksum):
 
 
 def write(path, content):
-    """Write a file so that it is there whole or not at all, after a power cut too; remove what killed runs left."""
-    mine = f"{path.name}.{platform.node()}."  # other runs, on other machines too, may be after the same file
-    part = path.with_name(f"{mine}{os.getpid()}.part")
+    """Write a file so that it is there whole or not at all, after a power cut too."""
+    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")  # others may be after the same file
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -552,29 +550,6 @@ def write(path, content):
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system opens folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    for other in path.parent.glob(f"{glob.escape(mine)}*.part"):
-        pid = other.name[len(mine) : -len(".part")]
-        if pid.isdecimal() and not alive(int(pid)):
-            with contextlib.suppress(OSError):
-                other.unlink()
-
-
-def alive(pid):
-    """Whether a process has this number; where that cannot be asked, yes."""
-    try:
-        if os.name == "posix":  # on Windows, signal 0 is Ctrl-C
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # somebody else's, or no number of a process
-        pass
-    return True
 
 
 def save(path, tensors):
@@ -623,6 +598,9 @@ def claimed(out, files, resume):
         if any((out / name).is_file() for name in files) and not (resume and (out / "checkpoint.pt").exists()):
             advice = "it has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
             raise DataError(f"{out}: holds an earlier run; {advice}, --out DIR begins elsewhere")
+        for name in (*files, "transfer/*.pt"):
+            for part in out.glob(f"{name}.*.part"):  # a run was killed while it wrote
+                part.unlink()
         yield
     finally:
         if fcntl:

@@ -1572,21 +1572,9 @@ def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"ours"]
 
 
-def test_part_files_of_dead_processes_are_removed(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    mine = f"a[1].{platform.node()}"
-    kept = {f"{mine}.{os.getppid()}.part", f"{mine}.1.part", f"{mine}.{10**30}.part", f"{mine}.part",
-            f"other.{platform.node()}.{dead.pid}.part", f"a[1].elsewhere.{dead.pid}.part"}  # fmt: skip
-    for name in kept | {f"{mine}.{dead.pid}.part"}:
-        (tmp_path / name).write_bytes(b"half")
-    data.write(tmp_path / "a[1]", b"whole")
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"a[1]"}
-
-
 def test_a_write_is_synced_and_a_failed_one_leaves_the_earlier_file(tmp_path, monkeypatch):
     synced, path = [], tmp_path / "file"
-    errors = {2: OSError(22, "Invalid argument"), 3: OSError(28, "No space left on device")}
+    errors = {2: OSError(28, "No space left on device")}
 
     def fsync(descriptor):
         synced.append(os.fstat(descriptor).st_ino)
@@ -1595,7 +1583,7 @@ def test_a_write_is_synced_and_a_failed_one_leaves_the_earlier_file(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", fsync)
     data.write(path, b"earlier")
-    assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]  # not every system can sync a folder: no error
+    assert synced == [path.stat().st_ino]
     with pytest.raises(OSError, match="No space left on device: '.*file'"):
         data.write(path, b"later")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"earlier")]
@@ -1864,6 +1852,8 @@ def test_a_run_that_trains_its_teacher_is_the_run_that_finds_it(made_data_sets, 
 def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path, capsys):
     assert blind(tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "checkpoint.pt.host.1.part").write_bytes(b"half")  # of a killed run
+    (tmp_path / "films.part").write_bytes(b"none of ours")
     assert re.search("--resume .*--out", refused(tmp_path, "--seed 1"))
     torch.save({}, tmp_path.parent / "other.pt")
     refused(tmp_path, f"--resume --teacher {tmp_path.parent / 'other.pt'}")  # a run that cannot begin
@@ -1872,6 +1862,7 @@ def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path, caps
     assert blind(tmp_path, "--resume") == 0
     for path, content in before.items():
         assert path.name == "result.json" or path.read_bytes() == content  # that has the seconds in it
+    assert [path.name for path in tmp_path.glob("*.part")] == ["films.part"]
 
 
 VAE = "--replay vae --memory-width 4 --memory-latent 8"
