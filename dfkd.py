@@ -769,7 +769,7 @@ def parser():
 
     add = top.add_argument_group("a teacher without a data set: needs --teacher and --teacher-arch").add_argument
     add("--num-classes", type=number(int, 2), metavar="K", help="its classes (default: FILE.py:NAME's, or 10)")
-    add("--channels", type=number(int, 1, 1000), metavar="C", help="of its images (default: as many as --mean has, or 3)")
+    add("--channels", type=number(int, 1, 1000), metavar="C", help="of its images (default: as --mean has, or 3)")
     add("--image-size", type=number(int, 8, 1024), metavar="N", help="their side, a multiple of 4 (default: 32)")
     add("--mean", type=number(float, 0, 1), nargs="+", metavar="M", help="of its pixels, per channel (default: 0.5)")
     add("--std", type=number(float, 1e-3), nargs="+", metavar="S", help="their deviation (default: 0.25)")

@@ -273,10 +273,12 @@ class Own(Classifier):
         return logits
 
     def check_that_it_trains(self):
-        """NetworkError where it cannot be a student; for a network that is not used, since BatchNorms move."""
+        """NetworkError where it cannot be a student; its BatchNorms are left as they are."""
         if not trained_weights(self):
             raise NetworkError(f"{self.name} has no weights that could be trained")
+        before = copy.deepcopy(self.net.state_dict())  # deepcopy refuses a network that keeps an activation
         self.probe(self.net.train())
+        self.net.load_state_dict(before)
 
     @property
     def classifier(self):
