@@ -481,8 +481,8 @@ def feature_model(teacher, args):
     layer = teacher.modelled if args.layer == "auto" else args.layer
     try:
         linear, rest = teacher.split(layer)
-        generators.feature_distribution(linear.weight, 1.0)  # an error, if it has none
         if args.sigma != "auto":
+            generators.feature_distribution(linear.weight, args.sigma)  # an error, if it has none
             return layer, linear, rest, args.sigma
         sigma = generators.feature_scale(linear.weight, rest, CERTAINTY)
     except (ValueError, torch.linalg.LinAlgError) as error:
