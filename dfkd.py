@@ -549,8 +549,7 @@ class Run:
             saved = data.load_tensors(self.out / "checkpoint.pt")
         except data.DataError:
             raise self.foreign() from None
-        kinds = dict(settings=dict, done=dict, rows=list, seconds=float, torch=str, parts=dict, random=dict)
-        if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
+        if not sound_checkpoint(saved):
             raise self.foreign()
         before, now = saved["settings"], self.settings
         for key in {**now, **before}:
@@ -582,7 +581,7 @@ class Run:
         if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
             raise RunError(f"{self.out}: began with another teacher; give the same to resume")
         if self.saved and self.done.get("student") == self.args.steps:  # the record names what computed the numbers
-            self.commit, self.torch = self.saved["commit"], self.saved["torch"]
+            self.commit, self.torch = self.saved["commit"], self.saved.get("torch", self.torch)
         elif self.saved and self.saved["commit"] != self.commit:
             print(f"{self.out}: began with commit {self.saved['commit']} of this program, goes on with {self.commit}")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
@@ -707,6 +706,25 @@ class Run:
         data.save(self.out / "student.pt", {k: v.cpu() for k, v in student.items()})
         data.write(self.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
+
+
+def sound_checkpoint(saved):
+    """Whether this has the form of a checkpoint; what its parts hold is seen when they are loaded."""
+    fields = dict(settings=dict, done=dict, rows=list, seconds=float, commit=(str, type(None)), parts=dict, random=dict)
+    if not isinstance(saved, dict) or not fields.keys() <= saved.keys():
+        return False
+    settings, rows, plain = saved["settings"], saved["rows"], (str, int, float, tuple, list, type(None))
+    if not all(isinstance(saved[key], kind) for key, kind in fields.items()) or not saved["seconds"] >= 0:
+        return False
+    if not all(isinstance(row, dict) and {"stage", "step", "accuracy"} <= row.keys() for row in rows):
+        return False
+    values = [*settings.values(), *saved["done"].values(), *(value for row in rows for value in row.values())]
+    if not all(isinstance(value, plain) for value in values) or not all(isinstance(key, str) for key in settings):
+        return False
+    if not all(isinstance(row["stage"], str) and type(row["accuracy"]) in (float, type(None)) for row in rows):
+        return False
+    steps = {row["stage"]: row["step"] for row in rows}
+    return steps == saved["done"] and all(type(step) is int and step > 0 for step in steps.values())
 
 
 def show(line, keep):

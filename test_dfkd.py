@@ -2162,6 +2162,8 @@ CHECKPOINTS = {
     "a shorter list": one_beta,
     "no random state": altered(random=dict(cpu=torch.zeros(3))),
     "no settings": altered(settings=None),
+    "no figures": altered(done={"student": "8"}),
+    "no rows": altered(rows=[3]),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "text": lambda path: path.write_text("no checkpoint"),
 }
@@ -2369,16 +2371,21 @@ def altered_somewhere(tree, rng):
     return changed
 
 
+def damage(path, content, tree, rng):
+    """Write a file anew: its bytes garbled, or its tensors altered."""
+    if rng.random() < 0.5:
+        path.write_bytes(garbled(content, rng))
+    else:
+        torch.save(altered_somewhere(tree, rng), path)
+
+
 def test_a_damaged_teacher_is_loaded_or_refused(tmp_path):
     path, tree = tmp_path / "teacher.pt", dict(models.build("lenet5_half").state_dict())
     torch.save(tree, path)
     content = path.read_bytes()
 
     def attempt(rng):
-        if rng.random() < 0.5:
-            path.write_bytes(garbled(content, rng))
-        else:
-            torch.save(altered_somewhere(tree, rng), path)
+        damage(path, content, tree, rng)
         assert models.load(path, "lenet5_half", GLYPHS, "cpu", "fp32")(torch.zeros(2, 1, 32, 32)).isfinite().all()
 
     assert 1 / 2 < refusals(60, attempt, (data.DataError, models.NetworkError), path)
@@ -2386,10 +2393,10 @@ def test_a_damaged_teacher_is_loaded_or_refused(tmp_path):
 
 def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, capsys):
     path = Path(shutil.copy(whole("")[0] / "checkpoint.pt", tmp_path))
-    content = path.read_bytes()
+    content, tree = path.read_bytes(), torch.load(path, weights_only=True)
 
     def attempt(rng):
-        path.write_bytes(garbled(content, rng))
+        damage(path, content, tree, rng)
         capsys.readouterr()
         if blind(tmp_path, "--resume"):
             raise dfkd.RunError(one_line(capsys.readouterr().err).strip())
