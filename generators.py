@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Dirichlet, MultivariateNormal
 from torch.linalg import vector_norm
-from torch.nn.utils import parametrizations, skip_init
+from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
+from torch.nn.utils.parametrize import register_parametrization
 
 # ---------------------------------------------------------------- the image generator
 
@@ -81,10 +82,34 @@ class NarrowConv2d(nn.Conv2d):
         return F.conv2d(F.conv2d(x, w), self.shift, self.bias, padding=1, groups=self.out_channels)
 
 
+class SpectralNorm(nn.Module):
+    """A convolution's weight over its largest singular value, u^T W v, W = the weight as a matrix (O, 9 I).
+
+    In train mode each forward pass takes one step of the power iteration: v = W^T u, then u = W v, both scaled to unit
+    norm. This is the order of torch.nn.utils.spectral_norm, which the authors call [C]; torch's newer
+    parametrizations.spectral_norm has u first, and PRE-DFKD's losses then differ by up to a percent. u and v begin at
+    the singular vectors [I]; the authors' at random ones [C].
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        U, _, V = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
+        self.register_buffer("u", U[:, 0].clone())
+        self.register_buffer("v", V[0].clone())
+
+    def forward(self, weight):
+        W = weight.flatten(1)
+        if self.training:
+            with torch.no_grad():
+                self.v = F.normalize(W.T @ self.u, dim=0)
+                self.u = F.normalize(W @ self.v, dim=0)
+        return weight / (self.u @ W @ self.v)
+
+
 class Generator(nn.Module):
     """G: z (B, d) -> x (B, C, H, W); the network of DAFL's and RDSKD's code [C], where width = 128.
 
-    `spectral_norm` divides each convolution's weight by its largest singular value: PRE-DFKD's novel generator [C].
+    `spectral_norm` puts `SpectralNorm` on each convolution: PRE-DFKD's novel generator [C].
     `bound` draws the weights from U(-bound, bound) and sets the biases to 0: PRE-DFKD has 0.08 [C].
     The second BatchNorm and the third have eps = 0.8: the authors pass it as the second positional argument, where
     torch expects eps and a reader expects momentum. It changes what the network learns, so it is kept [C].
@@ -116,7 +141,7 @@ class Generator(nn.Module):
             uniform_weights(self, bound)
         if spectral_norm:
             for conv in (self.conv1, self.conv2, self.conv3):
-                parametrizations.spectral_norm(conv)
+                register_parametrization(conv, "weight", SpectralNorm(conv.weight))
 
     def forward(self, z):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
