@@ -28,6 +28,7 @@ import struct
 import subprocess
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -214,6 +215,8 @@ def test_set(path, info):
             if sum(member.file_size for member in held.zip.infolist()) > NPZ_LIMIT:  # few compressed bytes may be many
                 raise ValueError(f"more than {NPZ_LIMIT} bytes")
             images, labels = held["images"], held["labels"]
+            if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):  # bytes without a header
+                raise ValueError("no arrays")
         except Exception as error:  # numpy raises whatever the damaged bytes lead to
             raise DataError(f"{path}: no plain arrays images and labels can be read ({' '.join(str(error).split())}); "
                             f"write it with np.savez(FILE, images=..., labels=...)") from None  # fmt: skip
@@ -566,7 +569,9 @@ def load_tensors(path):
             if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # torch.load does not look at checksums
                 raise ValueError("a wrong checksum")
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about kinds of files that it then refuses
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # torch.load raises whatever the damaged bytes lead to
             raise DataError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), "
                             f"or a damaged one") from None  # fmt: skip
@@ -595,8 +600,9 @@ def claimed(out, files, resume):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
-        if any((out / name).is_file() for name in files) and not (resume and (out / "checkpoint.pt").exists()):
-            advice = "it has no checkpoint.pt to go on from" if resume else "--resume goes on with it"
+        resumable = (out / "checkpoint.pt").is_file()
+        if any((out / name).is_file() for name in files) and not (resume and resumable):
+            advice = "--resume goes on with it" if resumable else "it has no checkpoint.pt to go on from"
             raise DataError(f"{out}: holds an earlier run; {advice}, --out DIR begins elsewhere")
         for name in (*files, "transfer/*.pt"):
             for part in out.glob(f"{name}.*.part"):  # a run was killed while it wrote

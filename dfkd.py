@@ -37,7 +37,7 @@ try:
     import replay
     import torch
 except ImportError as error:
-    if __name__ != "__main__":
+    if __name__ != "__main__" or error.name not in ("torch", "numpy"):
         raise
     sys.exit(f"dfkd.py: {error}; ./run.sh installs what is needed into .venv, for .venv/bin/python dfkd.py")
 
@@ -110,7 +110,7 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "teacher_term":      (True, True, True, True, True),  # [P, C]
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
-# What we add to image synthesis, see `optimised`; `range` to generators, too, see `image_bounds`.
+# What we add to image synthesis, see `optimised`; `range` and `augment` to generators, too, see `image_bounds`, `shown`.
 OURS = ("smooth", "range", "settle", "augment", "scale", "sum")
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
@@ -193,7 +193,7 @@ def rdskd(teacher, student, info, args, run):
 
     for step in run.steps("generator", args.generator_steps):
         x = G(torch.randn(B, d, device=args.device))
-        t = teacher(x)
+        t = teacher(shown(x, info, args))
         L_G = generators.rdskd_loss(x, t, reference, args.terms, penalty)
         minimise(L_G, optimiser_G)
         with torch.no_grad():
@@ -208,7 +208,7 @@ def rdskd(teacher, student, info, args, run):
     frozen_G = generators.frozen(G)
     run.fresh = lambda: [generators.fresh_images(frozen_G, B) for _ in range(8)]
     for _ in run.steps("student", args.steps, evaluate=True):
-        x = beside_memory(generators.fresh_images(frozen_G, B), memory, teacher)
+        x = shown(beside_memory(generators.fresh_images(frozen_G, B), memory, teacher), info, args)
         L_kd = generators.distillation_loss(student(x), teacher(x), tau)
         minimise(L_kd, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
@@ -249,7 +249,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
         z = torch.randn(B, d, device=args.device)
         x = G(z)
-        t, f = teacher(x, return_features=True)
+        t, f = teacher(shown(x, info, args), return_features=True)
         L_G, third = objective(x, z, t, f)
         minimise(L_G, optimiser_G)
         L_ie = generators.information_entropy_log10(t)
@@ -257,7 +257,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
 
         for step in range(args.student_steps):
             novel = x.detach() if step == 0 else generators.fresh_images(G, B)
-            seen = beside_memory(novel, memory, teacher)
+            seen = shown(beside_memory(novel, memory, teacher), info, args)
             L_kd = generators.distillation_loss(student(seen), teacher(seen), tau)
             minimise(L_kd, optimiser_S, decay_S)
             run.log(L_kd=L_kd)
@@ -279,7 +279,7 @@ def pre(teacher, student, info, args, run):
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
 
     for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
-        x = G(torch.randn(B, d, device=args.device))
+        x = shown(G(torch.randn(B, d, device=args.device)), info, args)
         t, f = teacher(x, return_features=True)
         L_js = generators.js_disagreement_loss(student(x), t)
         L_G = generators.dafl_loss(t, f, *args.loss_weights) + L_js
@@ -289,7 +289,7 @@ def pre(teacher, student, info, args, run):
 
         for step in range(args.student_steps):
             novel = generators.fresh_images(G, B)
-            seen = beside_memory(novel, memory, teacher)
+            seen = shown(beside_memory(novel, memory, teacher), info, args)
             L_kd = generators.logit_distance_loss(student(seen), teacher(seen))
             minimise(L_kd, optimiser_S, decay_S)
             run.log(L_kd=L_kd)
@@ -383,7 +383,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
     run.fresh = lambda: [make_images(args.images + torch.arange(args.image_batch, device=args.device))[0]]
-    batches = [data.load_tensors(folder / f"{first}.pt") for first in range(0, args.images, args.image_batch)]
+    starts = range(0, args.images, args.image_batch)
+    batches = [made_images(folder / f"{n}.pt", min(args.image_batch, args.images - n), info) for n in starts]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])
     shares = {name: share.item() for name, share in generators.label_shares(t, y, intended).items()}
@@ -394,6 +395,21 @@ def transfer_set(make_images, teacher, student, info, args, run):
         L_kd = generators.distillation_loss(student(x), teacher(x), args.temperature)
         minimise(L_kd, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
+
+
+def made_images(path, count, info):
+    """A batch of the transfer set from its file."""
+    form = dict(
+        images=torch.empty(count, info.channels, info.size, info.size, dtype=torch.float16),
+        labels=torch.empty(count, info.classes), intended=torch.empty(count, dtype=torch.int64),
+    )  # fmt: skip
+    try:
+        held = data.load_tensors(path)
+        if data.same_form(form, held) and held["images"].isfinite().all():
+            return held
+    except (FileNotFoundError, data.DataError):
+        pass
+    raise RunError(f"{path}: missing, damaged or of another run; begin elsewhere, with --out DIR")
 
 
 def noise(teacher, student, info, args, run):
@@ -439,6 +455,14 @@ def image_bounds(info, args):
     and S learns what no real image needs.
     """
     return data.pixel_range(info, args.device) if "range" in args.ours else None
+
+
+def shown(x, info, args):
+    """What T and S see of images x: with `augment` of --ours, x turned, scaled and shifted at random [I].
+
+    T must then be sure of x in any such position: what it takes for a 1 in one position alone teaches S little.
+    """
+    return generators.augmented(x, info.mirror) if "augment" in args.ours else x
 
 
 def replay_memory(info, args):
@@ -497,8 +521,8 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     `in_pixels`: from pixels U[0, 1]; after every step the batch is min-max rescaled to pixels in [0, 1]. ZSKD does so
     before every step [C].
     What --ours adds or puts in their place [I]: `smooth`, a beginning in weak smooth noise; `range`, images kept in the
-    range of pixels; `settle`, an early end; `augment`, objective(augmented x), so that images keep their labels when S
-    sees them augmented; `sum`, the gradient of the sum over the batch. `scale` is in soft_target's objective: CE times
+    range of pixels; `settle`, an early end; `augment`, objective(shown x), so that images keep their labels when S sees
+    them augmented; `sum`, the gradient of the sum over the batch. `scale` is in soft_target's objective: CE times
     tau^2, so that it counts beside lambda_a L_a.
     """
     ours = args.ours
@@ -516,14 +540,14 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     elif in_pixels:
         constrain = functools.partial(generators.rescaled, mean=mean, std=std)
 
-    def shown(x):
-        return objective(generators.augmented(x, info.mirror) if "augment" in ours else x)
-
     def report(step, L_x):
         run.tell(f"step {step}/{args.image_steps}  L_x {L_x:.4g}")
 
     settle, factor = 0.01 if "settle" in ours else 0.0, count if "sum" in ours else 1
-    return generators.synthesise(shown, x, args.image_steps, args.image_lr, constrain, settle, factor, report)
+    def of_shown(x):
+        return objective(shown(x, info, args))
+
+    return generators.synthesise(of_shown, x, args.image_steps, args.image_lr, constrain, settle, factor, report)
 
 
 # ---------------------------------------------------------------- the run's record
@@ -541,7 +565,7 @@ class Run:
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
         self.turn, self.fresh = 0, None  # fresh() -> batches of images that S was not trained on
-        if args.resume and (self.out / "checkpoint.pt").exists():
+        if args.resume and (self.out / "checkpoint.pt").is_file():
             self.resume()
 
     def resume(self):
@@ -716,12 +740,14 @@ def sound_checkpoint(saved):
     settings, rows, plain = saved["settings"], saved["rows"], (str, int, float, tuple, list, type(None))
     if not all(isinstance(saved[key], kind) for key, kind in fields.items()) or not saved["seconds"] >= 0:
         return False
-    if not all(isinstance(row, dict) and {"stage", "step", "accuracy"} <= row.keys() for row in rows):
+    if not all(isinstance(row, dict) and {"stage", "step", "accuracy", "seconds"} <= row.keys() for row in rows):
         return False
     values = [*settings.values(), *saved["done"].values(), *(value for row in rows for value in row.values())]
     if not all(isinstance(value, plain) for value in values) or not all(isinstance(key, str) for key in settings):
         return False
-    if not all(isinstance(row["stage"], str) and type(row["accuracy"]) in (float, type(None)) for row in rows):
+    if not all(isinstance(row["stage"], str) and isinstance(row["seconds"], float) for row in rows):
+        return False
+    if not all(type(row["accuracy"]) in (float, type(None)) for row in rows):
         return False
     steps = {row["stage"]: row["step"] for row in rows}
     return steps == saved["done"] and all(type(step) is int and step > 0 for step in steps.values())
@@ -819,7 +845,7 @@ def parser():
     add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
     add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions that are on, none without a "
-        f"name: {' '.join(OURS)}; for generators: range")  # fmt: skip
+        f"name: {' '.join(OURS)}; for generators: range, augment")  # fmt: skip
     add("--layer", choices=("auto", "fc2", "logits"), metavar="NAME",
         help="soft-target models its outputs: auto, fc2, logits")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
@@ -866,7 +892,12 @@ def parse(argv):
     top = parser()
     given = vars(top.parse_args(argv))  # several values are a tuple, as in the schedules
     args = argparse.Namespace(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+    for key, value in given.items():
+        if value == "":  # of a shell variable that is not set
+            top.error(f"{flag(key)} is empty")
     if args.plot or args.pictures or args.table:
+        if args.out and os.path.isdir(args.out):
+            top.error(f"--out {args.out}: a folder; give a FILE.svg")
         return args
     try:
         name_data(args, top.error)
@@ -940,6 +971,8 @@ def name_networks(args, error):
             error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
         student = models.sample(args.student_arch, data_info(args))
         if isinstance(student, models.Own):
+            if student.net is getattr(teacher, "net", None):
+                error(f"--student-arch {args.student_arch}: gives the teacher's very network; make a new one each time")
             student.check_that_it_trains()
     except (ValueError, models.NetworkError) as problem:
         error(f"{flag(key)}: {problem}")
@@ -1008,7 +1041,7 @@ def fill_schedule(args, error):
         usual = len(numbers["loss_weights"])
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
     without = {"soft-target": set(), "zskd": {"scale"}, "deepinversion": {"scale"}}  # what each lacks of OURS
-    foreign = sorted({*(args.ours or ())} & without.get(args.method, {*OURS} - {"range"}))
+    foreign = sorted({*(args.ours or ())} & without.get(args.method, {*OURS} - {"range", "augment"}))
     if foreign:
         error(f"--ours {foreign[0]} means nothing to --method {args.method}")
     for key, names in (("ours", OURS), ("terms", TERMS)):  # in any order, and the same run
@@ -1142,6 +1175,7 @@ def drawn_runs(args):
 
 def main(argv=None):
     args = parse(argv)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     if isinstance(sys.stdout, io.TextIOWrapper):
         # --table has Greek letters, which not every encoding has; a folder's name may be in none
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
@@ -1170,6 +1204,8 @@ def main(argv=None):
             raise
         problem, code = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size", 1
     except KeyboardInterrupt as stop:
+        for kind in (signal.SIGINT, signal.SIGTERM):  # the end is short; a second one would only make it untidy
+            signal.signal(kind, signal.SIG_IGN)
         problem, code = f"stopped; {stop if str(stop) else 'run the same command again'}", 130
     print(f"dfkd.py: {problem}", file=sys.stderr)
     return code

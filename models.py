@@ -27,6 +27,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import time
 import zlib
@@ -241,44 +242,49 @@ class Own(Classifier):
 
     def __init__(self, name, net, channels, size):
         super().__init__()
-        self.name, self.net, called = name, net.cpu().eval(), []
+        self.name, self.net, called = name, net, []
+        net.cpu()
+        net.eval()
         for key, value in net.state_dict().items():
             if not isinstance(value, torch.Tensor) or value.dtype == torch.bfloat16 or not value.isfinite().all():
                 raise NetworkError(f"{name}: '{key}' in its state dict is no tensor of finite float32 or integers; "
                                    "a buffer stays out of it with persistent=False")  # fmt: skip
         layers = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Linear)]
         hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y.clone()))) for n, m in layers]
-        self.shape = (2, channels, size, size)
+        self.shape = (channels, size, size)
         logits = self.probe(net)
         for hook in hooks:
             hook.remove()
+        self.probe(net, 3)  # it takes batches of any size
         self.classes, (self.last, y) = logits.shape[1], called[-1] if called else (None, None)
         self.ends_there = y is not None and torch.equal(y, logits)
         self.train()
 
-    def probe(self, net):
+    def probe(self, net, count=2):
         """The logits for a batch of noise; NetworkError where they are none that S or G could learn from."""
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        shape = (count, *self.shape)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         try:
             with torch.random.fork_rng(devices=[]):
                 logits = net(1 * x)  # a leaf could not be changed in place
-        except Exception as error:
-            raise NetworkError(f"{self.name} fails on images {self.shape}, see --channels, --image-size: "
+        except (Exception, SystemExit) as error:
+            raise NetworkError(f"{self.name} fails on images {shape}, see --channels, --image-size: "
                                f"{in_one_line(error)}") from None  # fmt: skip
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2 or found[1] < 2:
-            raise NetworkError(f"{self.name} gives {found} for images {self.shape}, not logits (2, K)")
+        if not isinstance(found, tuple) or len(found) != 2 or found[0] != count or found[1] < 2:
+            raise NetworkError(f"{self.name} gives {found} for images {shape}, not logits ({count}, K)")
         if not logits.requires_grad:
             raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach in it?")
         return logits
 
     def check_that_it_trains(self):
         """NetworkError where it cannot be a student; its BatchNorms are left as they are."""
-        if not trained_weights(self):
-            raise NetworkError(f"{self.name} has no weights that could be trained")
         before = copy.deepcopy(self.net.state_dict())  # deepcopy refuses a network that keeps an activation
-        self.probe(self.net.train())
+        self.net.train()
+        logits, weights = self.probe(self.net), trained_weights(self)
         self.net.load_state_dict(before)
+        if not weights or all(v is None for v in torch.autograd.grad(logits.sum(), weights, allow_unused=True)):
+            raise NetworkError(f"{self.name} has no weights that could be trained")
 
     @property
     def classifier(self):
@@ -355,7 +361,10 @@ def own(name, num_classes, channels, size):
         raise NetworkError(f"{name} cannot be called, see --num-classes, --channels: {in_one_line(error)}") from None
     if not isinstance(net, nn.Module):
         raise NetworkError(f"{name} gives a {type(net).__name__}, not a torch.nn.Module")
-    net = Own(name, net, channels, size)
+    try:
+        net = Own(name, net, channels, size)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # lazy weights, weights on no device
+        raise NetworkError(f"{name} cannot be used: {in_one_line(error)}") from None
     if num_classes not in (None, net.classes):
         raise NetworkError(f"{name} gives {net.classes} classes, not {num_classes}")
     return net
@@ -528,6 +537,7 @@ def trained(folder, dataset, name, real, info, epochs, seed, precision, show):
         print(f"teacher    {name}, trained before: {path}")
         return load(path, name, info, device, precision)
     folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # an error now, if nothing can be written there
     half = path.with_suffix(".training")
     net = train(name, real, info, epochs, seed, precision, half, show)
     data.save(path, {key: value.cpu() for key, value in net.state_dict().items()})
