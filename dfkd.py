@@ -110,7 +110,7 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "teacher_term":      (True, True, True, True, True),  # [P, C]
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
-# What we add to image synthesis, see `optimised`; `range` and `augment` to generators, too, see `image_bounds`, `shown`.
+# What we add to image synthesis, see `optimised`; to generators, too: `range`, `augment`, see `image_bounds`, `shown`.
 OURS = ("smooth", "range", "settle", "augment", "scale", "sum")
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
@@ -374,7 +374,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
     run.keep(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
     folder = run.out / "transfer"
     folder.mkdir(exist_ok=True)
-    run.samples = lambda: data.load_tensors(folder / "0.pt")["images"][:64]
+    stored = functools.partial(stored_images, folder, args, info)
+    run.samples = lambda: stored(0)["images"][:64]
     for turn in run.steps("images", args.images, each=args.image_batch):
         first = turn * args.image_batch
         index = torch.arange(first, min(first + args.image_batch, args.images), device=args.device)
@@ -383,8 +384,7 @@ def transfer_set(make_images, teacher, student, info, args, run):
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
     run.fresh = lambda: [make_images(args.images + torch.arange(args.image_batch, device=args.device))[0]]
-    starts = range(0, args.images, args.image_batch)
-    batches = [made_images(folder / f"{n}.pt", min(args.image_batch, args.images - n), info) for n in starts]
+    batches = [stored(first) for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])
     shares = {name: share.item() for name, share in generators.label_shares(t, y, intended).items()}
@@ -397,15 +397,16 @@ def transfer_set(make_images, teacher, student, info, args, run):
         run.log(L_kd=L_kd)
 
 
-def made_images(path, count, info):
-    """A batch of the transfer set from its file."""
+def stored_images(folder, args, info, first):
+    """The batch of the transfer set that begins with image number `first`, from its file."""
+    path, count = folder / f"{first}.pt", min(args.image_batch, args.images - first)
     form = dict(
         images=torch.empty(count, info.channels, info.size, info.size, dtype=torch.float16),
         labels=torch.empty(count, info.classes), intended=torch.empty(count, dtype=torch.int64),
     )  # fmt: skip
     try:
         held = data.load_tensors(path)
-        if data.same_form(form, held) and held["images"].isfinite().all():
+        if data.same_form(form, held):
             return held
     except (FileNotFoundError, data.DataError):
         pass
@@ -460,7 +461,7 @@ def image_bounds(info, args):
 def shown(x, info, args):
     """What T and S see of images x: with `augment` of --ours, x turned, scaled and shifted at random [I].
 
-    T must then be sure of x in any such position: what it takes for a 1 in one position alone teaches S little.
+    G's images then keep their class when they move a little, as real ones do, and S sees more of each class.
     """
     return generators.augmented(x, info.mirror) if "augment" in args.ours else x
 

@@ -86,9 +86,9 @@ class SpectralNorm(nn.Module):
     """A convolution's weight over its largest singular value, u^T W v, W = the weight as a matrix (O, 9 I).
 
     In train mode each forward pass takes one step of the power iteration: v = W^T u, then u = W v, both scaled to unit
-    norm. This is the order of torch.nn.utils.spectral_norm, which the authors call [C]; torch's newer
-    parametrizations.spectral_norm has u first, and PRE-DFKD's losses then differ by up to a percent. u and v begin at
-    the singular vectors [I]; the authors' at random ones [C].
+    norm. This is the order of torch.nn.utils.spectral_norm, and the traces of the authors' code show it [C]. In torch's
+    newer parametrizations.spectral_norm u comes first; PRE-DFKD's losses then differ by some thousandths. Here u and v
+    begin at the singular vectors, in torch's functions at random [I].
     """
 
     def __init__(self, weight):
@@ -205,13 +205,14 @@ def transposed(conv):
 @torch.no_grad()
 def fresh_images(G, count):
     """x = G(z), z ~ N(0, I), in G's present mode: (count, C, H, W), no gradient."""
-    return G(torch.randn(count, G.latent_dim, device=G.linear.weight.device))
+    weight = G.linear.weight
+    return G(torch.randn(count, G.latent_dim, dtype=weight.dtype, device=weight.device))
 
 
 @torch.no_grad()
 def fixed_images(G):
     """64 images of G in eval mode, always from the same latents; the random state of the run is left alone."""
-    z = torch.randn(64, G.latent_dim, generator=torch.Generator().manual_seed(0)).to(G.linear.weight.device)
+    z = torch.randn(64, G.latent_dim, generator=torch.Generator().manual_seed(0)).to(G.linear.weight)
     training = G.training
     x = G.eval()(z)
     G.train(training)
@@ -233,10 +234,10 @@ def information_entropy_loss(logits):
     """L_ie = sum_k p_bar_k log p_bar_k = -H(p_bar): small when the batch holds all classes equally (class diversity).
 
     logits (B, K) -> scalar in [-log K, 0]. RDSKD [P], natural logarithm [C]; DAFL and PRE-DFKD use log10 [C], see
-    `dafl_loss`. log p_bar is computed as logsumexp_b(log p) - log B: a class without mass then adds 0 to the loss and
-    to the gradient, where the authors' p_bar.log() gives NaN.
+    `dafl_loss`. log p_bar is computed as logsumexp_b(log p) - log B, with log p >= -1e4: a class without mass then adds
+    0 to the loss and to the gradient, where the authors' p_bar.log() gives NaN.
     """
-    log_p_bar = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))  # (K,)
+    log_p_bar = logits.log_softmax(1).clamp_min(-1e4).logsumexp(0) - math.log(len(logits))  # (K,)
     return (log_p_bar.exp() * log_p_bar).sum()
 
 
@@ -283,8 +284,8 @@ def diversity_seeking_loss(images, logits):
 
     images (B, C, H, W), logits (B, K) -> scalar >= 0. x_1, x_2 are the halves of the batch, p_1, p_2 the teacher's
     softmax outputs on them, ||.|| the Frobenius norm over a whole half-batch. RDSKD [C]. The last image of an odd batch
-    is left out [I]. Written as ||p_2 - p_1|| / max(||x_2 - x_1||, 1e-20): equal to rounding, and also finite, with
-    finite gradients, when the halves are identical, where the formula above is 0/0 [I].
+    is left out [I]. Written as ||p_2 - p_1|| / max(||x_2 - x_1||, 1e-20) [I]: equal to rounding wherever images differ.
+    Where they do not, it is finite, as are its gradients; the formula above is 1e20, or 0/0 where p_1 = p_2, too.
     """
     half = len(images) // 2
     p = logits.softmax(1)
@@ -412,7 +413,7 @@ def feature_scale(weight, rest, certainty, count=4000):
     """
     generator = torch.Generator().manual_seed(0)
     unit = feature_distribution(weight, 1.0)
-    noise = torch.randn(count, len(weight), generator=generator).to(weight.device)
+    noise = torch.randn(count, len(weight), generator=generator).to(weight)
     h = noise @ unit.scale_tril.T  # of standard deviation 1
     low, high = 1e-3, 1e3
     for _ in range(30):
@@ -466,7 +467,7 @@ def dirichlet_targets(weight, classes, beta):
 
 
 def rescaled(images, mean, std):
-    """The batch min-max rescaled to pixels in [0, 1]: ZSKD, before every step [C]; here, after the last one too [I].
+    """The batch min-max rescaled to pixels in [0, 1]: ZSKD, before every step [C]; here after each [I].
 
     images (B, C, H, W) normalised with mean and std, (C, 1, 1) each -> the same form.
     """

@@ -282,9 +282,9 @@ class Own(Classifier):
         before = copy.deepcopy(self.net.state_dict())  # deepcopy refuses a network that keeps an activation
         self.net.train()
         logits, weights = self.probe(self.net), trained_weights(self)
-        self.net.load_state_dict(before)
         if not weights or all(v is None for v in torch.autograd.grad(logits.sum(), weights, allow_unused=True)):
             raise NetworkError(f"{self.name} has no weights that could be trained")
+        self.net.load_state_dict(before)
 
     @property
     def classifier(self):

@@ -145,7 +145,8 @@ class PseudoReplay(nn.Module):
     def draw(self, count, teacher, train_decoder=False):
         """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's mode [P, C] -> x_mem, the loss of z."""
         decoder, L_balance = self.vae.decoder, None
-        z = torch.randn(count, self.vae.latent_dim, device=decoder.linear.weight.device)
+        weight = decoder.linear.weight
+        z = torch.randn(count, self.vae.latent_dim, dtype=weight.dtype, device=weight.device)
         if self.balanced:
             z, L_balance = balanced_latents(z, decoder, teacher, self.latent_lr, train_decoder)
         with torch.no_grad():
@@ -153,6 +154,8 @@ class PseudoReplay(nn.Module):
 
     def learn(self, novel, teacher, rehearse):
         """One step of E and M on half of the novel batch and, with `rehearse`, B/8 samples of their own -> loss terms.
+
+        Half of an odd batch is rounded up [I].
 
         E moves on L_vae. M moves on L_vae plus the balance objective of the rehearsed samples [C].
         """

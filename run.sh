@@ -79,6 +79,7 @@ table() {
     [ "$data" = mnist ] || return 0
     row soft-target-logits --method soft-target --layer logits
     row dafl-vae --method dafl --replay vae
+    for method in rdskd dafl; do row $method-augment --method $method --ours range augment; done
     for memory in none bank vae; do  # G's classes may collapse, S's rate never falls, any pixel value
         row drift-$memory --method pre --replay $memory --loss-weights 1 0 0 --generator-lr 0.2 --student-lr 2e-3 \
             --student-decay none --steps 3000 --ours

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -152,8 +153,9 @@ def test_closed_forms(classes):
     assert g.total_variation(x[None, None]).item() == pytest.approx(math.sqrt(10) + 2 + 3 + 1)
 
 
-def test_a_class_without_mass_gives_no_nan():
-    t = torch.tensor([[500.0, 0, -500]]).repeat(4, 1).requires_grad_()
+@pytest.mark.parametrize("low", [-500.0, -1e30, -math.inf])
+def test_a_class_without_mass_gives_no_nan(low):
+    t = torch.tensor([[500.0, 0, low]]).repeat(4, 1).requires_grad_()
     loss = g.information_entropy_loss(t)
     loss.backward()
     assert loss.item() == 0 and t.grad.isfinite().all()
@@ -696,7 +698,7 @@ def test_trace(monkeypatch, method):
             else:
                 layer.weight = nn.Parameter(weight.clone())
 
-    def randn(rows, *_, generator=None, device=None):
+    def randn(rows, *_, generator=None, **more):
         taken = [draws.pop(0)]
         while sum(map(len, taken)) < rows:  # RDSKD's code draws a batch in two halves
             taken.append(draws.pop(0))
@@ -796,7 +798,8 @@ def watch(monkeypatch, tmp_path):
 
         method = flags.split()[1]
         shape = "--batch 16" + (" --image-batch 8" if method in SYNTHESES else " --latent 4 --width 4")
-        shape += " --memory-width 4 --memory-latent 4" if "vae" in flags or method == "pre" else ""
+        vae = "vae" in flags or method == "pre" and "none" not in flags
+        shape += " --memory-width 4 --memory-latent 4" if vae else ""
         args = dfkd.parse(f"--device cpu --precision fp32 {shape} {flags}".split())
         if teacher is None:
             teacher = models.LeNet5((2, 3, 5, 8), 10, 1).eval().requires_grad_(False)
@@ -1067,6 +1070,17 @@ def test_each_of_ours_acts_by_itself(begun, name):
     if name == "range":
         pixels = constrain(9 * torch.randn(8, 1, 32, 32)) * GLYPHS.std[0] + GLYPHS.mean[0]
         assert pixels.min() == pytest.approx(0, abs=1e-6) and pixels.max() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", ["rdskd --generator-steps 2", "dafl", "mskd", "pre --replay none"])
+def test_with_augment_both_networks_see_the_same_augmented_images(watch, monkeypatch, flags):
+    monkeypatch.setattr(g, "augmented", lambda x, mirror: x + 100 + torch.randn(()))
+    for ours, augmented in (("range augment", True), ("range", False)):
+        events = watch(f"--method {flags} --ours {ours} --steps 1")[1]
+        assert all((e.x.mean() > 50) == augmented for e in events if e.who in ("T", "S"))
+        assert any(e.who == "step of G" for e in events)
+        ends = [i for i, e in enumerate(events) if e.who == "step of S"]
+        assert ends and all(torch.equal(events[i - 2].x, events[i - 1].x) for i in ends)
 
 
 @pytest.mark.parametrize("flags, kept", [("", True), ("--ours", False), ("--schedule paper --batch 8", False)])
@@ -2176,6 +2190,12 @@ def altered(**changes):
     return lambda path: torch.save({**torch.load(path, weights_only=True), **changes}, path)
 
 
+def without_seconds(path):
+    saved = torch.load(path, weights_only=True)
+    del saved["rows"][-1]["seconds"]
+    torch.save(saved, path)
+
+
 CHECKPOINTS = {
     "another version's": lambda path: torch.save(dict(step=3, net={}), path),
     "a list": lambda path: torch.save([1, 2], path),
@@ -2187,6 +2207,7 @@ CHECKPOINTS = {
     "no settings": altered(settings=None),
     "no figures": altered(done={"student": "8"}),
     "no rows": altered(rows=[3]),
+    "no seconds": without_seconds,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "text": lambda path: path.write_text("no checkpoint"),
 }
@@ -2199,6 +2220,21 @@ def test_a_checkpoint_of_another_kind_is_refused(refused, whole, tmp_path, damag
     content = checkpoint.read_bytes()
     assert "not this version's" in refused(tmp_path, "--resume")
     assert checkpoint.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [
+    lambda held: held["images"], lambda held: LENET, lambda held: {**held, "images": held["images"][1:]},
+    lambda held: {**held, "labels": held["labels"][:, 1:]}, None,
+], ids=["a tensor", "a teacher", "fewer images", "other classes", "missing"])  # fmt: skip
+def test_a_changed_transfer_set_is_refused(refused, whole, tmp_path, change):
+    shutil.copytree(whole("--method soft-target")[0], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "transfer" / "0.pt"
+    held = data.load_tensors(path)
+    if change:
+        torch.save(change(held), path)
+    else:
+        path.unlink()
+    assert "0.pt: missing, damaged or of another run" in refused(tmp_path, "--method soft-target --resume")
 
 
 def test_resume_refuses_other_arguments(blind, refused, teacher_file, tmp_path, monkeypatch):
@@ -2232,12 +2268,6 @@ def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monke
     assert "goes on with" not in capsys.readouterr().out
     result = result_of(tmp_path)
     assert result["git_commit"] == "other" and result["torch_version"] != "9.9"  # what computed the numbers
-
-
-def test_a_transfer_set_that_is_gone(blind, refused, tmp_path):
-    assert blind(tmp_path, "--method zskd") == 0
-    (tmp_path / "transfer" / "0.pt").unlink()
-    assert "0.pt: No such file" in refused(tmp_path, "--method zskd --resume")
 
 
 @pytest.mark.parametrize("flags, function, message", [  # the function that gives NaN, the terms that may be named
@@ -2453,7 +2483,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--method zskd --ours magic", "magic"), ("--method noise --ours range", "--ours means nothing"),
     ("--method rdskd --ours range smooth", "--ours smooth means nothing"),
     ("--method zskd --ours scale", "--ours scale means nothing"), ("--threads 9999", "--threads"),
-    ("--teacher=", "no file"),
+    ("--teacher=", "--teacher is empty"), ("--export=", "--export is empty"), ("--plot a --out .", "a folder"),
     ("--teacher dfkd.py --teacher-seed 1", "--teacher-seed means nothing"),
     ("--method soft-target --layer fc2 --teacher-arch wrn-10-1 --student-arch lenet5", "no such layer"),
     ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
@@ -2786,6 +2816,23 @@ class Detached(CNN):
         return super().forward(x).detach()
 
 
+class Fixed(CNN):  # without a return
+    def train(self, mode=True):
+        super().train(mode)
+
+
+class Exits(CNN):
+    def forward(self, x):
+        raise SystemExit(0)
+
+
+class Unused(CNN):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+        self.unused = nn.Linear(3, 3)
+
+
 class Masked(CNN):
     def __init__(self):
         super().__init__()
@@ -2793,6 +2840,10 @@ class Masked(CNN):
 
 
 small = lambda: CNN(4)
+same = CNN(4)
+again = lambda: same
+pairs = lambda: nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (2, 784)), nn.Linear(784, 10))
+lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 frozen = lambda: CNN().requires_grad_(False)
 batch_statistics = lambda: CNN(5)
 no_linear = lambda: nn.Sequential(nn.Conv2d(1, 10, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -2919,6 +2970,10 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:CNN", "--export a.onnx", "FILE.pt2"), ("nets.py:CNN", "--export no/a.pt2", "FILE.pt2"),
     ("nets.py:CNN", "--no-eval --test nets.py", "one of them"), ("nets.py:CNN", "--method kd", "--method kd"),
     ("nets.py:CNN", "--std 0", "--std"), ("nets.py:CNN", "--dataset glyphs", "--dataset"),
+    ("nets.py:pairs", "", r"fails on images \(3"), ("nets.py:lazy", "", "cannot be used"),
+    ("nets.py:Exits", "", "fails on images .*SystemExit"),
+    ("nets.py:CNN", "--student-arch nets.py:Unused", "no weights"),
+    ("nets.py:again", "--student-arch nets.py:again", "very network"),
     *(("nets.py:no_linear", f"--method {m}", "no nn.Linear.*take") for m in ("dafl", "pre", "soft-target", "zskd")),
     ("nets.py:not_last", "--method zskd", "not what its last nn.Linear"),
     ("nets.py:batch_statistics", "--method deepinversion", "no running statistics"),
@@ -2939,7 +2994,7 @@ def test_bad_networks(own, tmp_path, monkeypatch, teacher, flags, message, capsy
 
 @pytest.mark.parametrize("teacher, method", [
     ("no_linear", "mskd"), ("not_last", "dafl"), ("batch_statistics", "rdskd"), ("frozen", "rdskd"),
-    ("Changing", "soft-target"), ("Auxiliary", "dafl"),
+    ("Changing", "soft-target"), ("Auxiliary", "dafl"), ("Fixed", "rdskd"),
 ])  # fmt: skip
 def test_a_network_needs_no_more_than_the_method_asks_for(own, tmp_path, teacher, method):
     arch = f"{own[1]}/nets.py:{teacher}"
@@ -2982,6 +3037,19 @@ def test_bad_test_files(own, tmp_path, arrays, message, capsys):
     np.savez(tmp_path / "bad.npz", **arrays)
     assert own[0]("CNN", f"--test {tmp_path}/bad.npz", tmp_path / "out") == 1
     assert re.search(f"bad.npz: .*{message}", one_line(capsys.readouterr().err))
+
+
+def test_members_of_a_test_file_that_are_no_arrays(own, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as file:
+        for name in ("images", "labels"):
+            file.writestr(f"{name}.npy", b"text")
+    assert own[0]("CNN", f"--test {tmp_path}/bad.npz", tmp_path / "out") == 1
+    assert "no arrays" in one_line(capsys.readouterr().err)
+
+
+def test_a_run_without_standard_output(blind, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert blind(tmp_path) == 0
 
 
 def test_a_small_zip_of_many_bytes_is_refused(tmp_path, monkeypatch):
