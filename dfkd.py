@@ -37,9 +37,10 @@ try:
     import replay
     import torch
 except ImportError as error:
-    if __name__ != "__main__" or error.name not in ("torch", "numpy"):
+    if __name__ != "__main__":
         raise
-    sys.exit(f"dfkd.py: {error}; ./run.sh installs what is needed into .venv, for .venv/bin/python dfkd.py")
+    advice = "; ./run.sh installs what is needed into .venv, for .venv/bin/python dfkd.py"
+    sys.exit(f"dfkd.py: {error}{advice if error.name in ('torch', 'numpy') else ''}")
 
 # ---------------------------------------------------------------- schedules
 
@@ -541,13 +542,13 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     elif in_pixels:
         constrain = functools.partial(generators.rescaled, mean=mean, std=std)
 
+    def of_shown(x):
+        return objective(shown(x, info, args))
+
     def report(step, L_x):
         run.tell(f"step {step}/{args.image_steps}  L_x {L_x:.4g}")
 
     settle, factor = 0.01 if "settle" in ours else 0.0, count if "sum" in ours else 1
-    def of_shown(x):
-        return objective(shown(x, info, args))
-
     return generators.synthesise(of_shown, x, args.image_steps, args.image_lr, constrain, settle, factor, report)
 
 

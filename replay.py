@@ -155,9 +155,8 @@ class PseudoReplay(nn.Module):
     def learn(self, novel, teacher, rehearse):
         """One step of E and M on half of the novel batch and, with `rehearse`, B/8 samples of their own -> loss terms.
 
-        Half of an odd batch is rounded up [I].
-
-        E moves on L_vae. M moves on L_vae plus the balance objective of the rehearsed samples [C].
+        E moves on L_vae. M moves on L_vae plus the balance objective of the rehearsed samples [C]. Half of an odd batch
+        is rounded up [I].
         """
         self.vae.train()
         self.optimiser.zero_grad()
