@@ -401,15 +401,13 @@ def transfer_set(make_images, teacher, student, info, args, run):
 def stored_images(folder, args, info, first):
     """The batch of the transfer set that begins with image number `first`, from its file."""
     path, count = folder / f"{first}.pt", min(args.image_batch, args.images - first)
-    form = dict(
-        images=torch.empty(count, info.channels, info.size, info.size, dtype=torch.float16),
-        labels=torch.empty(count, info.classes), intended=torch.empty(count, dtype=torch.int64),
-    )  # fmt: skip
+    shape = (count, info.channels, info.size, info.size)
+    form = dict(images=torch.empty(shape, dtype=torch.float16), intended=torch.empty(count, dtype=torch.int64))
     try:
         held = data.load_tensors(path)
-        if data.same_form(form, held):
+        if data.same_form(form, held) and held["labels"].shape == (count, info.classes):
             return held
-    except (FileNotFoundError, data.DataError):
+    except (AttributeError, KeyError, FileNotFoundError, data.DataError):
         pass
     raise RunError(f"{path}: missing, damaged or of another run; begin elsewhere, with --out DIR")
 
@@ -898,7 +896,7 @@ def parse(argv):
         if value == "":  # of a shell variable that is not set
             top.error(f"{flag(key)} is empty")
     if args.plot or args.pictures or args.table:
-        if args.out and os.path.isdir(args.out):
+        if args.out and os.path.isdir(args.out) and not args.table:
             top.error(f"--out {args.out}: a folder; give a FILE.svg")
         return args
     try:
@@ -1206,8 +1204,8 @@ def main(argv=None):
             raise
         problem, code = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size", 1
     except KeyboardInterrupt as stop:
-        for kind in (signal.SIGINT, signal.SIGTERM):  # the end is short; a second one would only make it untidy
-            signal.signal(kind, signal.SIG_IGN)
+        if __name__ == "__main__":  # the end is short: a second Ctrl-C would only make it untidy
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         problem, code = f"stopped; {stop if str(stop) else 'run the same command again'}", 130
     print(f"dfkd.py: {problem}", file=sys.stderr)
     return code

@@ -4,7 +4,7 @@
 #   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS (paths count from this folder)
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
-#   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds of 90 minutes
+#   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds, 105 minutes
 #                                  each; SEEDS="0 1 2": three); cifar10 (where torch sees a GPU, the papers' pairs;
 #                                  else, or with --device cpu, small pairs, four hours)
 #   ./run.sh claims DATA [FLAGS]   RDSKD's objective and PRE-DFKD's memory in parts, generators without --ours range
@@ -101,7 +101,7 @@ natural_on_a_gpu() {
     done
 }
 
-# A small pair, AlexNet and its half, and 2,000 steps, so that all of it fits into a night on two cores.
+# A small pair, AlexNet and its half, and 2,000 steps, so that all of it fits into four hours on two cores.
 natural_on_a_cpu() {
     local method memory layer
     local pair=(--teacher-arch wrn-16-2 --teacher-epochs 10 --steps 2000)
