@@ -202,11 +202,16 @@ def transposed(conv):
     return layer
 
 
+def latents(G, count):
+    """z ~ N(0, I), (count, d), on the device and in the precision of G's weights."""
+    weight = G.linear.weight
+    return torch.randn(count, G.latent_dim, dtype=weight.dtype, device=weight.device)
+
+
 @torch.no_grad()
 def fresh_images(G, count):
     """x = G(z), z ~ N(0, I), in G's present mode: (count, C, H, W), no gradient."""
-    weight = G.linear.weight
-    return G(torch.randn(count, G.latent_dim, dtype=weight.dtype, device=weight.device))
+    return G(latents(G, count))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generators import Generator, at_least_float32, information_entropy_log10, one_hot_loss, uniform_weights
+from generators import Generator, at_least_float32, information_entropy_log10, latents, one_hot_loss, uniform_weights
 
 # ---------------------------------------------------------------- the VAE
 
@@ -57,7 +57,6 @@ class VAE(nn.Module):
 
     def __init__(self, latent_dim, channels, image_size=32, width=128, pixels=None):
         super().__init__()
-        self.latent_dim = latent_dim
         self.encoder = Encoder(latent_dim, channels, image_size, width)
         self.decoder = Generator(latent_dim, channels, image_size, width, pixels=pixels)
         uniform_weights(self, 0.08)
@@ -145,8 +144,7 @@ class PseudoReplay(nn.Module):
     def draw(self, count, teacher, train_decoder=False):
         """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's mode [P, C] -> x_mem, the loss of z."""
         decoder, L_balance = self.vae.decoder, None
-        weight = decoder.linear.weight
-        z = torch.randn(count, self.vae.latent_dim, dtype=weight.dtype, device=weight.device)
+        z = latents(decoder, count)
         if self.balanced:
             z, L_balance = balanced_latents(z, decoder, teacher, self.latent_lr, train_decoder)
         with torch.no_grad():
