@@ -1015,11 +1015,19 @@ def scheduled(args):
     return numbers
 
 
-def memory_kind(key):
-    """The kind of --replay without which this flag means nothing; None for flags of anything else."""
-    if key not in REPLAY or key == "replay":
+# Flags that mean nothing unless another has this value.
+NEEDS = {key: ("replay", "vae") for key in REPLAY if key != "replay"}
+NEEDS |= {"bank_size": ("replay", "bank"), "latent_lr": ("balanced", True), "decay_every": ("student_decay", "cosine")}
+
+
+def lacking(key, args):
+    """What this flag needs and the run does not have, as a flag; None where nothing is lacking."""
+    if key not in NEEDS:
         return None
-    return "bank" if key == "bank_size" else "vae"
+    other, value = NEEDS[key]
+    if getattr(args, other) != value:
+        return flag(other) if value is True else f"{flag(other)} {value}"
+    return lacking(other, args)
 
 
 def fill_schedule(args, error):
@@ -1027,16 +1035,16 @@ def fill_schedule(args, error):
     if args.schedule == "paper" and args.method in ("mskd", "noise", "kd"):
         error(f"--schedule paper: no schedule of --method {args.method} is published")
     numbers = scheduled(args)
-    for key in dict.fromkeys(key for schedule in SCHEDULES.values() for key in schedule):
-        value = getattr(args, key)
-        if value is None:
-            setattr(args, key, numbers.get(key))
-            continue
-        given, kind = flag(f"no_{key}" if value is False else key), memory_kind(key)
+    keys = dict.fromkeys(key for schedule in SCHEDULES.values() for key in schedule)
+    given = [key for key in keys if getattr(args, key) is not None]
+    for key in keys.keys() - given:
+        setattr(args, key, numbers.get(key))
+    for key in given:
+        text = flag(f"no_{key}" if getattr(args, key) is False else key)
         if key not in numbers:
-            error(f"{given} means nothing to --method {args.method}")
-        if kind and (args.replay or numbers["replay"]) != kind:
-            error(f"{given} means nothing without --replay {kind}")
+            error(f"{text} means nothing to --method {args.method}")
+        if lacking(key, args):
+            error(f"{text} means nothing without {lacking(key, args)}")
     if args.loss_weights and len(args.loss_weights) != len(numbers["loss_weights"]):
         usual = len(numbers["loss_weights"])
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
@@ -1108,7 +1116,7 @@ def schedule_text(args):
     flags = []
     for key in SCHEDULES[args.method]:
         value = getattr(args, key)
-        if memory_kind(key) not in (None, args.replay):
+        if lacking(key, args):
             continue
         if isinstance(value, bool):
             flags.append(flag(key if value else f"no_{key}"))

@@ -2504,6 +2504,9 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--teacher dfkd.py --teacher-seed 1", "--teacher-seed means nothing"),
     ("--method soft-target --layer fc2 --teacher-arch wrn-10-1 --student-arch lenet5", "no such layer"),
     ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
+    ("--method pre --decay-every 9", "--decay-every means nothing without --student-decay cosine"),
+    ("--method pre --no-balanced --latent-lr 1", "--latent-lr means nothing without --balanced"),
+    ("--replay bank --latent-lr 1", "--latent-lr means nothing without --replay vae"),
     ("--out dfkd.py", "dfkd.py: a file; give a folder"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, capsys, monkeypatch, tmp_path):
@@ -2552,7 +2555,7 @@ def test_the_schedule_that_is_printed_makes_the_same_run(method, column):
     args = dfkd.parse(f"{flags} --schedule {'paper' if 'paper' in column else 'default'}".split())
     again = dfkd.parse([*flags.split(), *dfkd.schedule_text(args).split()[1:]])
     for key in dfkd.SCHEDULES[method]:
-        if dfkd.memory_kind(key) in (None, args.replay):  # others are not printed
+        if not dfkd.lacking(key, args):  # others are not printed
             assert getattr(args, key) == getattr(again, key), key
 
 
