@@ -966,6 +966,8 @@ def name_networks(args, error):
         teacher = models.sample(args.teacher_arch, data_info(args))
         if args.dataset == "own":
             args.num_classes = teacher.classes
+        if isinstance(teacher, models.Own):
+            teacher.check_that_it_teaches()
         key, args.student_arch = "student_arch", args.student_arch or STUDENTS.get(args.teacher_arch)
         if not args.student_arch:
             error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")

@@ -46,7 +46,7 @@ import data
 
 
 class NetworkError(Exception):
-    """A file does not hold the network that it should: the message is one line that says why."""
+    """A network, or a file of one, cannot be used: the message is one line that says why."""
 
 
 class Classifier(nn.Module):
@@ -252,21 +252,21 @@ class Own(Classifier):
         layers = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Linear)]
         hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y.clone()))) for n, m in layers]
         self.shape = (channels, size, size)
-        logits = self.probe(net)
+        _, logits = self.probe()
         for hook in hooks:
             hook.remove()
-        self.probe(net, 3)  # it takes batches of any size
+        self.probe(3)  # it takes batches of any size
         self.classes, (self.last, y) = logits.shape[1], called[-1] if called else (None, None)
         self.ends_there = y is not None and torch.equal(y, logits)
         self.train()
 
-    def probe(self, net, count=2):
-        """The logits for a batch of noise; NetworkError where they are none that S or G could learn from."""
+    def probe(self, count=2):
+        """A batch of noise and its logits; NetworkError where they are none that S or G could learn from."""
         shape = (count, *self.shape)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         try:
             with torch.random.fork_rng(devices=[]):
-                logits = net(1 * x)  # a leaf could not be changed in place
+                logits = self(x)
         except (Exception, SystemExit) as error:
             raise NetworkError(f"{self.name} fails on images {shape}, see --channels, --image-size: "
                                f"{in_one_line(error)}") from None  # fmt: skip
@@ -275,14 +275,28 @@ class Own(Classifier):
             raise NetworkError(f"{self.name} gives {found} for images {shape}, not logits ({count}, K)")
         if not logits.requires_grad:
             raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach in it?")
-        return logits
+        return x, logits
+
+    def gradients(self, logits, inputs):
+        """d sum(logits) / d inputs, None for those that the logits do not depend on."""
+        try:
+            return torch.autograd.grad(logits.sum(), inputs, allow_unused=True)
+        except RuntimeError as error:
+            raise NetworkError(f"{self.name} passes no gradient: {in_one_line(error)}") from None
+
+    def check_that_it_teaches(self):
+        """NetworkError where it cannot be a teacher: G learns through T's images."""
+        self.eval()  # as T is used
+        x, logits = self.probe()
+        if self.gradients(logits, [x]) == (None,):
+            raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach or no_grad in it?")
 
     def check_that_it_trains(self):
         """NetworkError where it cannot be a student; its BatchNorms are left as they are."""
         before = copy.deepcopy(self.net.state_dict())  # deepcopy refuses a network that keeps an activation
         self.net.train()
-        logits, weights = self.probe(self.net), trained_weights(self)
-        if not weights or all(v is None for v in torch.autograd.grad(logits.sum(), weights, allow_unused=True)):
+        (_, logits), weights = self.probe(), trained_weights(self)
+        if not weights or all(v is None for v in self.gradients(logits, weights)):
             raise NetworkError(f"{self.name} has no weights that could be trained")
         self.net.load_state_dict(before)
 
@@ -430,7 +444,8 @@ def exported(net, info):
     """The network as the bytes of a .pt2 file that takes batches of any size; torch.export.load reads it."""
     x, buffer = torch.zeros(2, info.channels, info.size, info.size), io.BytesIO()
     try:
-        net = copy.deepcopy(getattr(net, "net", net)).cpu().eval()
+        net = copy.deepcopy(getattr(net, "net", net)).cpu()
+        net.eval()  # it returns nothing in some networks
         net.bf16 = False
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, buffer)

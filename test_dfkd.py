@@ -2011,7 +2011,7 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
     "--method deepinversion --teacher-arch wrn-10-1 --student-arch wrn-10-1", "--method pre --teacher-arch alexnet",
 ])  # fmt: skip
 def test_on_a_gpu(tmp_path, flags, capsys):
-    """It trains a teacher, repeats itself and goes on after Ctrl-C; LRN and grid_sample have no fixed order there."""
+    """It trains a teacher, repeats itself and goes on after Ctrl-C; grid_sample has no fixed order there."""
 
     def run(out):
         teacher = f"--teacher-epochs 1 --teacher-dir {tmp_path / 'teachers'}"
@@ -2503,7 +2503,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--teacher=", "--teacher is empty"), ("--export=", "--export is empty"), ("--plot a --out .", "a folder"),
     ("--teacher dfkd.py --teacher-seed 1", "--teacher-seed means nothing"),
     ("--method soft-target --layer fc2 --teacher-arch wrn-10-1 --student-arch lenet5", "no such layer"),
-    ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "kd"),
+    ("--method dafl --decay-every 9", "--decay-every means nothing"), ("--method kd --no-eval --teacher dfkd.py", "real"),
     ("--method pre --decay-every 9", "--decay-every means nothing without --student-decay cosine"),
     ("--method pre --no-balanced --latent-lr 1", "--latent-lr means nothing without --balanced"),
     ("--replay bank --latent-lr 1", "--latent-lr means nothing without --replay vae"),
@@ -2836,6 +2836,20 @@ class Detached(CNN):
         return super().forward(x).detach()
 
 
+class Normalising(CNN):
+    def forward(self, x):
+        with torch.no_grad():
+            x = x / 2
+        return super().forward(x)
+
+
+class InPlace(CNN):  # what autograd needs
+    def forward(self, x):
+        x = torch.sigmoid(super().forward(x))
+        x += 1
+        return x
+
+
 class Fixed(CNN):  # without a return
     def train(self, mode=True):
         super().train(mode)
@@ -2993,8 +3007,10 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:seven", "", "--student-arch.*10 classes, not 7"), ("nets.py:weightless", "", "10 classes, not 784"),
     ("nets.py:CNN", "--student-arch nets.py:frozen", "no weights"), ("nets.py:Masked", "", "'mask' in its state dict"),
     ("nets.py:CNN", "--student-arch nets.py:Auxiliary", "gives tuple"), ("nets.py:Detached", "", "passes no gradient"),
+    ("nets.py:Normalising", "", "no gradient to its images"), ("nets.py:InPlace", "", "passes no gradient: Runtime.*"),
+    ("nets.py:CNN", "--student-arch nets.py:InPlace", "passes no gradient: Runtime.*inplace"),
     ("n" * 300 + ".py:CNN", "", "name too long"),
-    ("nets.py:CNN", "--student-arch lenet5", "lenet5 takes no images of 28"), ("nets.py:CNN", "--image-size 30", "4"),
+    ("nets.py:CNN", "--student-arch lenet5", "lenet5 takes no images of 28"), ("nets.py:CNN", "--image-size 30", "multiple"),
     ("nets.py:CNN", "--mean 0.1 0.2", "2 and 1 numbers for 1"), ("nets.py:CNN", "--test no.npz", "no.npz: no file"),
     ("nets.py:CNN", "--export a.onnx", "FILE.pt2"), ("nets.py:CNN", "--export no/a.pt2", "FILE.pt2"),
     ("nets.py:CNN", "--no-eval --test nets.py", "one of them"), ("nets.py:CNN", "--method kd", "--method kd"),
@@ -3107,9 +3123,12 @@ def test_a_damaged_test_file_is_read_or_refused(tmp_path):
     assert refusals(200, attempt, data.DataError, path) > 0.9  # a .zip holds a checksum of each member
 
 
-def test_the_exported_student_is_the_student(own, tmp_path):
-    assert own[0]("CNN", f"--method noise --export {tmp_path}/student.pt2", tmp_path / "run") == 0
-    student = models.module_of((own[1] / "nets.py").resolve()).small().eval()
+@pytest.mark.parametrize("name", ["CNN", "Fixed"])
+def test_the_exported_student_is_the_student(own, tmp_path, name):
+    flags = f"--method noise --student-arch {own[1]}/nets.py:{name} --export {tmp_path}/student.pt2"
+    assert own[0]("CNN", flags, tmp_path / "run") == 0
+    student = models.module_of((own[1] / "nets.py").resolve()).CNN()
+    student.eval()
     student.load_state_dict(torch.load(tmp_path / "run" / "student.pt", weights_only=True))
     x = torch.randn(5, 1, 28, 28)
     assert torch.allclose(torch.export.load(tmp_path / "student.pt2").module()(x), student(x), atol=1e-6)
