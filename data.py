@@ -45,7 +45,7 @@ import torch.nn.functional as F
 
 
 class DataError(Exception):
-    """A data set cannot be had: the message says which file is wrong and what to do."""
+    """A file cannot be used: the message is one line that says which one and what to do."""
 
 
 class Info(NamedTuple):
@@ -267,9 +267,8 @@ def idx_data_set(name, folder):
     """Training images, training labels, test images, test labels from the four IDX files in `folder`."""
     arrays = []
     for file, checksum in IDX_FILES[name].items():
-        path = next((p for p in (folder / file, folder / f"{file}.gz") if p.exists()), None)
-        if path is None:
-            path = folder / f"{file}.gz"
+        path = folder / (file if (folder / file).exists() else f"{file}.gz")
+        if not path.exists():
             download(path, [mirror + path.name for mirror in MIRRORS[name]], checksum)
         arrays.append(parse_idx(path, read(path, IDX_LIMIT), 3 if "images" in file else 1))
         if len(arrays) % 2 == 0:
@@ -724,7 +723,7 @@ def git_commit():
 
 # ---------------------------------------------------------------- finished runs, as a table
 
-FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes")
+FIGURES = ("accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "teacher_accuracy", "seconds")
 MAY_DIFFER = {"seed", "teacher_seed", "teacher_crc", "threads", "device"}  # between the runs of one row
 RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
 ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
@@ -741,7 +740,7 @@ def finished(folder):
         curve = [(int(row["step"]), float(row["seconds"]) / 60, float(row["accuracy"])) for row in measured]
         result = json.loads((folder / "result.json").read_text())
         settings = dict(**result["args"])
-        figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
+        figures = {key: float(result[key]) for key in (*FIGURES, "steps") if curve}
         figures["stored"] = float(result["replay_bytes"]) + float((result.get("transfer_set") or {}).get("bytes", 0))
         for key in ("diversity", "agreement_fresh"):
             if result.get(key) is not None:  # kd has no synthetic images

@@ -182,7 +182,7 @@ def rdskd(teacher, student, info, args, run):
 
     With --replay, the memory learns in the first stage and gives samples to S in the second [I].
     """
-    B, d, tau = args.batch, args.latent, args.temperature
+    B, tau = args.batch, args.temperature
     G, optimiser_G = image_generator(info, args)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
@@ -193,7 +193,7 @@ def rdskd(teacher, student, info, args, run):
     run.samples = lambda: generators.fixed_images(G)
 
     for step in run.steps("generator", args.generator_steps):
-        x = G(torch.randn(B, d, device=args.device))
+        x = G(generators.latents(G, B))
         t = teacher(shown(x, info, args))
         L_G = generators.rdskd_loss(x, t, reference, args.terms, penalty)
         minimise(L_G, optimiser_G)
@@ -208,7 +208,7 @@ def rdskd(teacher, student, info, args, run):
 
     frozen_G = generators.frozen(G)
     run.fresh = lambda: [generators.fresh_images(frozen_G, B) for _ in range(8)]
-    for _ in run.steps("student", args.steps, evaluate=True):
+    for _ in run.steps("student", args.steps):
         x = shown(beside_memory(generators.fresh_images(frozen_G, B), memory, teacher), info, args)
         L_kd = generators.distillation_loss(student(x), teacher(x), tau)
         minimise(L_kd, optimiser_S, decay_S)
@@ -239,7 +239,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     With more than one step of S for each of G, the further ones see fresh batches [I]. With --replay, S sees memory
     samples beside each batch, and the memory learns after the first four steps of S, as in PRE-DFKD [I].
     """
-    B, d, tau = args.batch, args.latent, args.temperature
+    B, tau = args.batch, args.temperature
     G, optimiser_G = image_generator(info, args)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
@@ -247,8 +247,8 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     run.samples = lambda: generators.fixed_images(G)
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
 
-    for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
-        z = torch.randn(B, d, device=args.device)
+    for turn in run.steps("student", args.steps, each=args.student_steps):
+        z = generators.latents(G, B)
         x = G(z)
         t, f = teacher(shown(x, info, args), return_features=True)
         L_G, third = objective(x, z, t, f)
@@ -271,7 +271,7 @@ def pre(teacher, student, info, args, run):
 
     G: DAFL's terms, and disagreement between S and T. S: the mean distance of the logits.
     """
-    B, d = args.batch, args.latent
+    B = args.batch
     G, optimiser_G = image_generator(info, args, spectral_norm=True, bound=0.08)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
@@ -279,8 +279,8 @@ def pre(teacher, student, info, args, run):
     run.samples = lambda: generators.fixed_images(G)
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
 
-    for turn in run.steps("student", args.steps, each=args.student_steps, evaluate=True):
-        x = shown(G(torch.randn(B, d, device=args.device)), info, args)
+    for turn in run.steps("student", args.steps, each=args.student_steps):
+        x = shown(G(generators.latents(G, B)), info, args)
         t, f = teacher(x, return_features=True)
         L_js = generators.js_disagreement_loss(student(x), t)
         L_G = generators.dafl_loss(t, f, *args.loss_weights) + L_js
@@ -390,7 +390,7 @@ def transfer_set(make_images, teacher, student, info, args, run):
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])
     shares = {name: share.item() for name, share in generators.label_shares(t, y, intended).items()}
     run.facts.update(images=len(images), bytes=images.nbytes, **shares)
-    for _ in run.steps("student", args.steps, evaluate=True):
+    for _ in run.steps("student", args.steps):
         index = torch.randint(len(images), (args.batch,), device=args.device)
         x = generators.augmented(images[index].float(), info.mirror)
         L_kd = generators.distillation_loss(student(x), teacher(x), args.temperature)
@@ -424,7 +424,7 @@ def on_images(draw, teacher, student, args, run):
     """S learns from T's outputs on the batches that draw() gives: noise or, for the upper bound `kd`, real images."""
     optimiser_S, decay_S = student_optimiser(student, args)
     run.keep(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
-    for _ in run.steps("student", args.steps, evaluate=True):
+    for _ in run.steps("student", args.steps):
         x = draw()
         L_kd = generators.distillation_loss(student(x), teacher(x), args.temperature)
         minimise(L_kd, optimiser_S, decay_S)
@@ -559,9 +559,9 @@ class Run:
     """Progress, evaluations, checkpoints, the result. A loop calls `keep` once, walks through `steps`, calls `log`."""
 
     def __init__(self, args, info):
-        self.args, self.info, self.evaluate = args, info, None
+        self.args, self.info = args, info
         self.settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
-        self.out, self.commit, self.torch, self.begun = Path(args.out), data.git_commit(), str(torch.__version__), 0.0
+        self.out, self.commit, self.torch = Path(args.out), data.git_commit(), str(torch.__version__)
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
         self.turn, self.fresh = 0, None  # fresh() -> batches of images that S was not trained on
@@ -627,10 +627,10 @@ class Run:
         for name, value in terms.items():
             self.terms.setdefault(name, []).append((self.turn, value.detach()))
 
-    def steps(self, stage, count, each=1, evaluate=False):
+    def steps(self, stage, count, each=1):
         """Yield the numbers of a stage's rounds, from where a resumed run left off; a round is `each` of `count` steps.
 
-        Between rounds it shows progress and, now and then, saves. With `evaluate`, this is the student's stage.
+        Between rounds it shows progress and, now and then, saves; in the student's stage it evaluates, too.
         """
         # a batch of images is long work: each is saved at once
         every = {"student": self.args.eval_every, "images": each}.get(stage, -(-count // 20))
@@ -642,7 +642,7 @@ class Run:
             done = min((turn + 1) * each, count)
             saves = done // every > turn * each // every or done == count
             if saves:
-                values = self.save(stage, done, each, evaluate)
+                values = self.save(stage, done, each)
             elif self.due():
                 values = {name: noted[-1][1].item() for name, noted in self.terms.items()}
             else:
@@ -662,7 +662,7 @@ class Run:
             self.shown = time.perf_counter()
             show(f"{self.where}  {text}", keep=False)
 
-    def save(self, stage, done, each, evaluate):
+    def save(self, stage, done, each):
         """Check the losses since the last time, evaluate the student, save -> what to show."""
         means, bad = {}, []
         for name, noted in self.terms.items():
@@ -675,7 +675,7 @@ class Run:
             kept = f"; the last checkpoint is kept in {self.out}" if self.done else ""
             raise RunError(f"{name} became {value:.3g} at {where}; try lower learning rates and another --out{kept}")
         self.terms = {}
-        accuracy = self.evaluate() if evaluate else None
+        accuracy = self.evaluate() if stage == "student" else None
         self.done[stage] = done
         self.rows.append(dict(stage=stage, step=done, accuracy=accuracy, seconds=round(self.seconds(), 1), **means))
         checkpoint = dict(settings=self.settings, done=self.done, rows=self.rows, seconds=self.seconds())
@@ -745,9 +745,8 @@ def sound_checkpoint(saved):
     values = [*settings.values(), *saved["done"].values(), *(value for row in rows for value in row.values())]
     if not all(isinstance(value, plain) for value in values) or not all(isinstance(key, str) for key in settings):
         return False
-    if not all(isinstance(row["stage"], str) and isinstance(row["seconds"], float) for row in rows):
-        return False
-    if not all(type(row["accuracy"]) in (float, type(None)) for row in rows):
+    kinds = dict(stage=str, seconds=float, accuracy=(float, type(None)))
+    if not all(isinstance(row[key], kind) for row in rows for key, kind in kinds.items()):
         return False
     steps = {row["stage"]: row["step"] for row in rows}
     return steps == saved["done"] and all(type(step) is int and step > 0 for step in steps.values())
@@ -801,8 +800,8 @@ def parser():
     switch = argparse.BooleanOptionalAction
 
     add = top.add_argument_group("what to distil").add_argument
-    methods = [*LOOPS, "kd"]
-    add("--method", choices=methods, default="rdskd", metavar="NAME", help=f"{', '.join(methods)} (default: rdskd)")
+    add("--method", choices=SCHEDULES, default="rdskd", metavar="NAME",
+        help=f"{', '.join(SCHEDULES)} (default: rdskd)")
     add("--dataset", choices=data.INFO, metavar="NAME", help=f"{', '.join(data.INFO)} (default: glyphs, drawn here)")
     add("--data-dir", default="datasets", metavar="DIR", help="folder of the data sets' folders and downloads")
     add("--teacher", metavar="FILE", help="its state dict (default: one is trained here)")
@@ -948,7 +947,7 @@ def name_data(args, error):
         error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
     if args.no_eval and args.method == "kd":
         error("--method kd distils on real images, --no-eval touches none")
-    if args.teacher is not None and not Path(args.teacher).is_file():
+    if args.teacher and not Path(args.teacher).is_file():
         error(f"--teacher {args.teacher}: no file there")
     for key in ("teacher_epochs", "teacher_seed"):
         if args.teacher and getattr(args, key) is not None:
@@ -992,8 +991,8 @@ def fit_method(teacher, args, error):
     if method in ("soft-target", "zskd") and not teacher.ends_there:
         error(f"{name}: its logits are not what its last nn.Linear, {teacher.last}, gives, and --method {method} needs "
               f"that; take another method")  # fmt: skip
-    plain = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if method == "deepinversion" and any(m.running_mean is None for m in plain):
+    layers = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if method == "deepinversion" and any(m.running_mean is None for m in layers):
         error(f"{name}: its BatchNorm has no running statistics, which deepinversion needs; take another method")
 
 
@@ -1047,8 +1046,8 @@ def fill_schedule(args, error):
             error(f"{text} means nothing to --method {args.method}")
         if lacking(key, args):
             error(f"{text} means nothing without {lacking(key, args)}")
-    if args.loss_weights and len(args.loss_weights) != len(numbers["loss_weights"]):
-        usual = len(numbers["loss_weights"])
+    usual = len(numbers.get("loss_weights", ()))
+    if args.loss_weights and len(args.loss_weights) != usual:
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
     without = {"soft-target": set(), "zskd": {"scale"}, "deepinversion": {"scale"}}  # what each lacks of OURS
     foreign = sorted({*(args.ours or ())} & without.get(args.method, {*OURS} - {"range", "augment"}))
@@ -1132,9 +1131,8 @@ def get_teacher(args, info, real):
     """The teacher of --teacher FILE; else the one trained here before with the same settings; else a new one."""
     if args.teacher:
         return models.load(Path(args.teacher), args.teacher_arch, info, args.device, args.precision)
-    folder = Path(args.teacher_dir)
-    return models.trained(folder, args.dataset, args.teacher_arch, real, info, args.teacher_epochs, args.teacher_seed,
-                          args.precision, show)  # fmt: skip
+    return models.trained(Path(args.teacher_dir), args.dataset, args.teacher_arch, real, info, args.teacher_epochs,
+                          args.teacher_seed, args.precision, show)  # fmt: skip
 
 
 def real_images(real, info, args):
@@ -1201,11 +1199,14 @@ def main(argv=None):
             print(data.results_table(args.table))
         else:
             distil(args)
+        sys.stdout.flush()  # where a closed pipe is one line
         return 0
     except (RunError, models.NetworkError, data.DataError) as error:
         problem, code = str(error), 1
     except OSError as error:
-        out = None if isinstance(error, BrokenPipeError) else args.out
+        out = args.out
+        if isinstance(error, BrokenPipeError):
+            out, sys.stdout = None, open(os.devnull, "w")  # else Python tries again at its end, and complains
         problem, code = f"{error.filename or out or 'standard output'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
         texts = ("DefaultCPUAllocator", "size calculation overflowed")

@@ -284,19 +284,24 @@ def logit_distance_loss(student_logits, teacher_logits):
 # ---------------------------------------------------------------- RDSKD
 
 
+def half_distance(v):
+    """||v_2 - v_1||, v_1 and v_2 the halves of a batch v (B, ...), Frobenius norm over a whole half -> scalar.
+
+    The last of an odd batch is left out [I].
+    """
+    half = len(v) // 2
+    return vector_norm(v[half : 2 * half] - v[:half])
+
+
 def diversity_seeking_loss(images, logits):
     """L_ds = 1 / ( ||x_2 - x_1|| / ||p_2 - p_1|| + 1e-20 ): small when images differ while the teacher agrees.
 
     images (B, C, H, W), logits (B, K) -> scalar >= 0. x_1, x_2 are the halves of the batch, p_1, p_2 the teacher's
-    softmax outputs on them, ||.|| the Frobenius norm over a whole half-batch. RDSKD [C]. The last image of an odd batch
-    is left out [I]. Written as ||p_2 - p_1|| / max(||x_2 - x_1||, 1e-20) [I]: equal to rounding wherever images differ.
-    Where they do not, it is finite, as are its gradients; the formula above is 1e20, or 0/0 where p_1 = p_2, too.
+    softmax outputs on them, ||.|| as in `half_distance`. RDSKD [C].
+    Written as ||p_2 - p_1|| / max(||x_2 - x_1||, 1e-20) [I]: equal to rounding wherever images differ. Where they do
+    not, it is finite, as are its gradients; the formula above is 1e20, or 0/0 where p_1 = p_2, too.
     """
-    half = len(images) // 2
-    p = logits.softmax(1)
-    distance_x = vector_norm(images[half : 2 * half] - images[:half])
-    distance_p = vector_norm(p[half : 2 * half] - p[:half])
-    return distance_p / distance_x.clamp_min(1e-20)
+    return half_distance(logits.softmax(1)) / half_distance(images).clamp_min(1e-20)
 
 
 def rdskd_loss(images, logits, reference, terms=("oh", "ie", "ds"), penalty=torch.exp):
@@ -347,12 +352,10 @@ def dafl_loss(logits, features, a, b, c):
 def mode_seeking_loss(images, z):
     """1 / ( ||x_2 - x_1|| / ||z_2 - z_1|| + 1e-5 ): small when different latents give different images.
 
-    images (B, C, H, W), z (B, d) -> scalar >= 0. Halves and norms as in `diversity_seeking_loss` [I].
+    images (B, C, H, W), z (B, d) -> scalar >= 0. Halves and norms as in RDSKD's L_ds, `half_distance` [I].
     The term is Mao et al.'s; its form here and the 1e-5 are ours [I].
     """
-    half = len(images) // 2
-    distance_x = vector_norm(images[half : 2 * half] - images[:half])
-    distance_z = vector_norm(z[half : 2 * half] - z[:half])
+    distance_x, distance_z = half_distance(images), half_distance(z)
     return distance_z / (distance_x + 1e-5 * distance_z).clamp_min(1e-20)  # finite also where both distances are 0
 
 

@@ -35,8 +35,8 @@ class Encoder(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, eps=0.8)
         self.conv3 = nn.Conv2d(width, width, 3, stride=2, padding=1)
         self.bn3 = nn.BatchNorm2d(width)
-        self.mu = nn.Linear(width * (-(-image_size // 8)) ** 2, latent_dim)
-        self.log_var = nn.Linear(width * (-(-image_size // 8)) ** 2, latent_dim)
+        features = width * (-(-image_size // 8)) ** 2
+        self.mu, self.log_var = nn.Linear(features, latent_dim), nn.Linear(features, latent_dim)
 
     def forward(self, x):
         x = F.normalize(x, p=2, dim=2)
