@@ -111,7 +111,8 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "teacher_term":      (True, True, True, True, True),  # [P, C]
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
-# What we add to image synthesis, see `optimised`; to generators, too: `range`, `augment`, see `image_bounds`, `shown`.
+# What we add to image synthesis, see `optimised`; where there is a generator, `range` and `augment` mean what
+# `image_bounds` and `student_batch` say.
 OURS = ("smooth", "range", "settle", "augment", "scale", "sum")
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
@@ -194,7 +195,7 @@ def rdskd(teacher, student, info, args, run):
 
     for step in run.steps("generator", args.generator_steps):
         x = G(generators.latents(G, B))
-        t = teacher(shown(x, info, args))
+        t = teacher(x)
         L_G = generators.rdskd_loss(x, t, reference, args.terms, penalty)
         minimise(L_G, optimiser_G)
         with torch.no_grad():
@@ -209,7 +210,7 @@ def rdskd(teacher, student, info, args, run):
     frozen_G = generators.frozen(G)
     run.fresh = lambda: [generators.fresh_images(frozen_G, B) for _ in range(8)]
     for _ in run.steps("student", args.steps):
-        x = shown(beside_memory(generators.fresh_images(frozen_G, B), memory, teacher), info, args)
+        x = student_batch(generators.fresh_images(frozen_G, B), memory, teacher, info, args)
         L_kd = generators.distillation_loss(student(x), teacher(x), tau)
         minimise(L_kd, optimiser_S, decay_S)
         run.log(L_kd=L_kd)
@@ -250,7 +251,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     for turn in run.steps("student", args.steps, each=args.student_steps):
         z = generators.latents(G, B)
         x = G(z)
-        t, f = teacher(shown(x, info, args), return_features=True)
+        t, f = teacher(x, return_features=True)
         L_G, third = objective(x, z, t, f)
         minimise(L_G, optimiser_G)
         L_ie = generators.information_entropy_log10(t)
@@ -258,7 +259,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
 
         for step in range(args.student_steps):
             novel = x.detach() if step == 0 else generators.fresh_images(G, B)
-            seen = shown(beside_memory(novel, memory, teacher), info, args)
+            seen = student_batch(novel, memory, teacher, info, args)
             L_kd = generators.distillation_loss(student(seen), teacher(seen), tau)
             minimise(L_kd, optimiser_S, decay_S)
             run.log(L_kd=L_kd)
@@ -280,7 +281,7 @@ def pre(teacher, student, info, args, run):
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
 
     for turn in run.steps("student", args.steps, each=args.student_steps):
-        x = shown(G(generators.latents(G, B)), info, args)
+        x = G(generators.latents(G, B))
         t, f = teacher(x, return_features=True)
         L_js = generators.js_disagreement_loss(student(x), t)
         L_G = generators.dafl_loss(t, f, *args.loss_weights) + L_js
@@ -290,7 +291,7 @@ def pre(teacher, student, info, args, run):
 
         for step in range(args.student_steps):
             novel = generators.fresh_images(G, B)
-            seen = shown(beside_memory(novel, memory, teacher), info, args)
+            seen = student_batch(novel, memory, teacher, info, args)
             L_kd = generators.logit_distance_loss(student(seen), teacher(seen))
             minimise(L_kd, optimiser_S, decay_S)
             run.log(L_kd=L_kd)
@@ -457,12 +458,14 @@ def image_bounds(info, args):
     return data.pixel_range(info, args.device) if "range" in args.ours else None
 
 
-def shown(x, info, args):
-    """What T and S see of images x: with `augment` of --ours, x turned, scaled and shifted at random [I].
+def student_batch(novel, memory, teacher, info, args):
+    """What T and S see while S learns from G: novel images and, where there is a memory, B/8 samples of it.
 
-    G's images then keep their class when they move a little, as real ones do, and S sees more of each class.
+    With `augment` of --ours, all are turned, scaled and shifted at random. G learns nothing of it; S learns more of T
+    than its answers to what G draws [I].
     """
-    return generators.augmented(x, info.mirror) if "augment" in args.ours else x
+    x = torch.cat([novel, memory.recall(replay.memory_count(novel), teacher)]) if memory else novel
+    return generators.augmented(x, info.mirror, degrees=45) if "augment" in args.ours else x
 
 
 def replay_memory(info, args):
@@ -475,13 +478,6 @@ def replay_memory(info, args):
         vae.to(args.device, memory_format=torch.channels_last)
         return replay.PseudoReplay(vae, args.memory_lr, args.latent_lr, args.teacher_term, args.balanced)
     return None
-
-
-def beside_memory(novel, memory, teacher):
-    """What S sees: the novel images and, where there is a memory, B/8 samples of it."""
-    if memory is None:
-        return novel
-    return torch.cat([novel, memory.recall(replay.memory_count(novel), teacher)])
 
 
 def student_optimiser(student, args):
@@ -521,8 +517,8 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     `in_pixels`: from pixels U[0, 1]; after every step the batch is min-max rescaled to pixels in [0, 1]. ZSKD does so
     before every step [C].
     What --ours adds or puts in their place [I]: `smooth`, a beginning in weak smooth noise; `range`, images kept in the
-    range of pixels; `settle`, an early end; `augment`, objective(shown x), so that images keep their labels when S sees
-    them augmented; `sum`, the gradient of the sum over the batch. `scale` is in soft_target's objective: CE times
+    range of pixels; `settle`, an early end; `augment`, objective(augmented x), so that images keep their labels when S
+    sees them augmented; `sum`, the gradient of the sum over the batch. `scale` is in soft_target's objective: CE times
     tau^2, so that it counts beside lambda_a L_a.
     """
     ours = args.ours
@@ -540,14 +536,14 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     elif in_pixels:
         constrain = functools.partial(generators.rescaled, mean=mean, std=std)
 
-    def of_shown(x):
-        return objective(shown(x, info, args))
+    def of_augmented(x):
+        return objective(generators.augmented(x, info.mirror) if "augment" in ours else x)
 
     def report(step, L_x):
         run.tell(f"step {step}/{args.image_steps}  L_x {L_x:.4g}")
 
     settle, factor = 0.01 if "settle" in ours else 0.0, count if "sum" in ours else 1
-    return generators.synthesise(of_shown, x, args.image_steps, args.image_lr, constrain, settle, factor, report)
+    return generators.synthesise(of_augmented, x, args.image_steps, args.image_lr, constrain, settle, factor, report)
 
 
 # ---------------------------------------------------------------- the run's record

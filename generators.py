@@ -572,8 +572,8 @@ def smooth_noise(count, channels, image_size=32, device="cpu"):
     return F.interpolate(noise, size=(image_size, image_size), mode="bilinear")
 
 
-def augmented(images, mirror):
-    """Images sampled on grids turned by up to 20 degrees, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
+def augmented(images, mirror, degrees=20):
+    """Images sampled on grids turned by up to `degrees`, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
 
     images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped.
     ZSKD augments what S sees [C]. Soft-target synthesis does as ZSKD [I]. The ranges are ours [I].
@@ -582,7 +582,7 @@ def augmented(images, mirror):
     def uniform(low, high):
         return torch.empty(len(images), dtype=images.dtype, device=images.device).uniform_(low, high)
 
-    angle, scale = uniform(-math.pi / 9, math.pi / 9), uniform(0.8, 1.2)
+    angle, scale = uniform(-math.radians(degrees), math.radians(degrees)), uniform(0.8, 1.2)
     flip = uniform(-1, 1).sign() if mirror else torch.ones_like(scale)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     shift = uniform(-0.25, 0.25), uniform(-0.25, 0.25)

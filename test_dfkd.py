@@ -275,17 +275,17 @@ def test_augmentation_moves_images_a_little():
     assert 0.4 < g.augmented(left, mirror=True)[..., 2].mean() < 0.6
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_augmentation_turns_scales_and_shifts(monkeypatch, mirror):
+@pytest.mark.parametrize("mirror, degrees", [(False, 20), (True, 20), (False, 45)])
+def test_augmentation_turns_scales_and_shifts(monkeypatch, mirror, degrees):
     grids, real = [], F.affine_grid
     monkeypatch.setattr(F, "affine_grid", lambda theta, *more, **how: grids.append(theta) or real(theta, *more, **how))
-    g.augmented(torch.zeros(4000, 1, 8, 8), mirror)
+    g.augmented(torch.zeros(4000, 1, 8, 8), mirror, degrees)
     A, shift = grids[0].split((2, 1), 2)
     scale = A[:, :, 1].norm(dim=1)
     A = A / scale[:, None, None]
     assert torch.allclose(A.mT @ A, torch.eye(2).expand_as(A), atol=1e-5)  # a rotation, or a mirrored one
     angle = torch.atan2(-A[:, 0, 1], A[:, 1, 1]).rad2deg()
-    for values, low, high in ((angle, -20, 20), (scale, 0.8, 1.2), (shift, -0.25, 0.25)):
+    for values, low, high in ((angle, -degrees, degrees), (scale, 0.8, 1.2), (shift, -0.25, 0.25)):
         assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
     assert 0.45 < (torch.linalg.det(A) < 0).float().mean() < 0.55 if mirror else (torch.linalg.det(A) > 0).all()
 
@@ -996,8 +996,8 @@ def test_zskd_has_both_betas_for_every_class(watch, monkeypatch):
 def test_what_a_student_sees_of_a_transfer_set(watch, monkeypatch):
     calls, augmented = [], g.augmented
 
-    def noted(x, mirror):
-        calls.append((augmented(x, mirror), mirror, x))
+    def noted(x, mirror, degrees=20):
+        calls.append((augmented(x, mirror, degrees), mirror or degrees != 20, x))
         return calls[-1][0]
 
     monkeypatch.setattr(g, "augmented", noted)
@@ -1090,14 +1090,17 @@ def test_each_of_ours_acts_by_itself(begun, name):
     "rdskd --generator-steps 2 --steps 1", "dafl --steps 1", "mskd --steps 1", "pre --replay none --steps 1",
     "dafl --replay bank --bank-size 9 --steps 10",
 ])  # fmt: skip
-def test_with_augment_both_networks_see_the_same_augmented_images(watch, monkeypatch, flags):
-    monkeypatch.setattr(g, "augmented", lambda x, mirror: x + 100 + torch.randn(()))
+def test_with_augment_both_networks_see_the_same_augmented_images_where_the_student_learns(watch, monkeypatch, flags):
+    monkeypatch.setattr(g, "augmented", lambda x, mirror, degrees: x + 55 + degrees + torch.randn(()))
     for ours, augmented in (("range augment", True), ("range", False)):
         events = watch(f"--method {flags} --ours {ours}")[1]
-        assert all(((e.x.flatten(1).mean(1) > 50) == augmented).all() for e in events if e.who in ("T", "S"))
         assert any(e.who == "step of G" for e in events)
         ends = [i for i, e in enumerate(events) if e.who == "step of S"]
         assert ends and all(torch.equal(events[i - 2].x, events[i - 1].x) for i in ends)
+        seen = {id(events[i - back]) for i in ends for back in (1, 2)}
+        for e in events:
+            if e.who in ("T", "S"):  # what G and the memory learn from is left alone
+                assert ((e.x.flatten(1).mean(1) > 90) == (augmented and id(e) in seen)).all()
 
 
 @pytest.mark.parametrize("flags, kept", [("", True), ("--ours", False), ("--schedule paper --batch 8", False)])
@@ -2965,7 +2968,7 @@ def test_resume_equals_uninterrupted_with_a_network_of_ones_own(own, tmp_path, m
 @pytest.mark.parametrize("method", ["mskd", "zskd", "noise"])
 def test_the_agreement_is_measured_on_images_that_the_student_has_not_seen(own, tmp_path, monkeypatch, method):
     seen, begin = {True: set(), False: set()}, dfkd.Run.begin
-    monkeypatch.setattr(g, "augmented", lambda x, mirror: x)
+    monkeypatch.setattr(g, "augmented", lambda x, *_: x)
 
     def watched(run, teacher, evaluate):
         begin(run, teacher, evaluate)
