@@ -546,6 +546,7 @@ def trained(folder, dataset, name, real, info, epochs, seed, precision, show):
     settings = dict(
         dataset=dataset, data=zlib.crc32(real.train_images.cpu().numpy()), arch=name, epochs=epochs,
         lr=teacher_lr(name), batch=TEACHER_BATCH, seed=seed, precision=precision, device=device, threads=threads,
+        torch=str(torch.__version__),
     )  # fmt: skip
     path = folder / f"{dataset}-{name}-{zlib.crc32(json.dumps(settings).encode()):08x}.pt"
     if path.exists():

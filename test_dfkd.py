@@ -2197,6 +2197,9 @@ def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyph
                    dict(epochs=4), dict(seed=1), dict(precision="bf16"), {}):  # fmt: skip
         models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **{**usual, **change})
     assert len(list(tmp_path.iterdir())) == 6
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **usual)
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def one_beta(path):
