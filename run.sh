@@ -79,7 +79,7 @@ table() {
     [ "$data" = mnist ] || return 0
     row soft-target-logits --method soft-target --layer logits
     row dafl-vae --method dafl --replay vae
-    row rdskd-augment --method rdskd --ours range augment
+    row rdskd-range --method rdskd --ours range
     for memory in none bank vae; do  # G's classes may collapse, S's rate never falls, any pixel value
         row drift-$memory --method pre --replay $memory --loss-weights 1 0 0 --generator-lr 0.2 --student-lr 2e-3 \
             --student-decay none --steps 3000 --ours
@@ -122,14 +122,15 @@ natural_on_a_cpu() {
 }
 
 budget=(--generator-steps 600 --steps 3000)
+rdskd=(--method rdskd "${budget[@]}" --ours range)  # as the methods that it is compared with
 
 # robust-rdskd, without a setting, is also the exponential penalty beside claim-sum.
 claims() {
     local method setting name
-    row claim-sum --method rdskd "${budget[@]}" --penalty sum
-    row claim-no-oh --method rdskd "${budget[@]}" --terms ie ds
-    row claim-no-ie --method rdskd "${budget[@]}" --terms oh ds
-    row claim-no-ds --method rdskd "${budget[@]}" --terms oh ie
+    row claim-sum "${rdskd[@]}" --penalty sum
+    row claim-no-oh "${rdskd[@]}" --terms ie ds
+    row claim-no-ie "${rdskd[@]}" --terms oh ds
+    row claim-no-ds "${rdskd[@]}" --terms oh ie
     row claim-no-range-rdskd --method rdskd "${budget[@]}" --ours
     for method in dafl mskd; do row claim-no-range-$method --method $method --steps 3000 --ours; done
     row claim-no-range-pre-none --method pre --steps 3000 --replay none --ours
@@ -139,13 +140,13 @@ claims() {
     row claim-pre-no-balanced --method pre --steps 3000 --no-balanced
     for setting in "" "--latent 50" "--latent 200" "--batch 32" "--batch 128" "--temperature 4" "--temperature 20"; do
         name=${setting:+-${setting//[ -]/}}
-        row "robust-rdskd$name" --method rdskd "${budget[@]}" $setting
+        row "robust-rdskd$name" "${rdskd[@]}" $setting
         for method in dafl mskd; do row "robust-$method$name" --method $method --steps 3000 $setting; done
     done
     for setting in 0.0005 0.002; do
-        row robust-rdskd-lr$setting --method rdskd "${budget[@]}" --generator-lr $setting
+        row robust-rdskd-lr$setting "${rdskd[@]}" --generator-lr $setting
     done
-    row robust-rdskd-width32 --method rdskd "${budget[@]}" --width 32
+    row robust-rdskd-width32 "${rdskd[@]}" --width 32
     for method in dafl mskd; do
         for setting in 0.01 0.04; do
             row robust-$method-lr$setting --method $method --steps 3000 --generator-lr $setting
