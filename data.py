@@ -723,7 +723,7 @@ def git_commit():
 
 # ---------------------------------------------------------------- finished runs, as a table
 
-FIGURES = ("accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "teacher_accuracy", "seconds")
+FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes")
 MAY_DIFFER = {"seed", "teacher_seed", "teacher_crc", "threads", "device"}  # between the runs of one row
 RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
 ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
@@ -740,7 +740,7 @@ def finished(folder):
         curve = [(int(row["step"]), float(row["seconds"]) / 60, float(row["accuracy"])) for row in measured]
         result = json.loads((folder / "result.json").read_text())
         settings = dict(**result["args"])
-        figures = {key: float(result[key]) for key in (*FIGURES, "steps") if curve}
+        figures = {key: float(result[key]) for key in (*FIGURES, "seconds", "steps") if curve}
         figures["stored"] = float(result["replay_bytes"]) + float((result.get("transfer_set") or {}).get("bytes", 0))
         for key in ("diversity", "agreement_fresh"):
             if result.get(key) is not None:  # kd has no synthetic images

@@ -2364,6 +2364,16 @@ def two_runs(tmp_path):
     return [tmp_path / name for name in curves]
 
 
+def test_a_closed_pipe_is_one_line(two_runs):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, HERE / "dfkd.py", "--table", *two_runs]
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "dfkd.py: standard output: Broken pipe\n")
+
+
 def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
     flags = ["--plot", *map(str, two_runs), "--out", str(tmp_path / "curves.svg")]
     assert dfkd.main(flags) == 0
