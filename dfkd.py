@@ -742,8 +742,8 @@ def sound_checkpoint(saved):
     values = [*settings.values(), *saved["done"].values(), *(value for row in rows for value in row.values())]
     if not all(isinstance(value, plain) for value in values) or not all(isinstance(key, str) for key in settings):
         return False
-    kinds = dict(stage=str, seconds=float, accuracy=(float, type(None)))
-    if not all(isinstance(row[key], kind) for row in rows for key, kind in kinds.items()):
+    kinds = dict(stage=(str,), seconds=(float,), accuracy=(float, type(None)))
+    if not all(type(row[key]) in kind for row in rows for key, kind in kinds.items()):
         return False
     steps = {row["stage"]: row["step"] for row in rows}
     return steps == saved["done"] and all(type(step) is int and step > 0 for step in steps.values())
@@ -1041,8 +1041,9 @@ def fill_schedule(args, error):
         text = flag(f"no_{key}" if getattr(args, key) is False else key)
         if key not in numbers:
             error(f"{text} means nothing to --method {args.method}")
-        if lacking(key, args):
-            error(f"{text} means nothing without {lacking(key, args)}")
+        needed = lacking(key, args)
+        if needed:
+            error(f"{text} means nothing without {needed}")
     usual = len(numbers.get("loss_weights", ()))
     if args.loss_weights and len(args.loss_weights) != usual:
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
