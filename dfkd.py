@@ -387,7 +387,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
         run.log(**generators.label_shares(t, y, intended))
         data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
 
-    run.fresh = lambda: [make_images(args.images + torch.arange(args.image_batch, device=args.device))[0]]
+    more = args.images + torch.arange(min(args.image_batch, args.images), device=args.device)
+    run.fresh = lambda: [make_images(more)[0]]
     batches = [stored(first) for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
     t = torch.cat([teacher(x.float()) for x in images.split(1000)])

@@ -363,7 +363,7 @@ def test_synthesis_settles_by_its_rule():
 
 
 @pytest.mark.parametrize("method, factor, least, alike", [
-    ("soft-target", 5, 0.65, 0.9), ("zskd", 2, 0.8, 0.85), ("deepinversion", 5, 0.9, -1),
+    ("soft-target", 5, 0.65, 0.9), ("zskd", 2, 0.8, 0.85), ("deepinversion", 5, 0.9, 0.75),
 ])  # fmt: skip
 def test_images_are_optimised_towards_their_targets(teacher_file, watch, monkeypatch, method, factor, least, alike):
     """Half of ZSKD's targets are nearly one-hot at tau = 20: logits beyond what the range of pixels can cause.
@@ -383,7 +383,7 @@ def test_images_are_optimised_towards_their_targets(teacher_file, watch, monkeyp
     scale = 20**2 if method == "soft-target" else 1  # of CE, whose least value is H(y); other terms are small here
     lowest = -scale * torch.xlogy(y, y).sum(1).mean()
     assert seen["after"] - lowest < (seen["before"] - lowest) / factor
-    assert x.shape == (48, 1, 32, 32) and all(p.grad is None for p in teacher.parameters())
+    assert x.shape == (48, 1, 32, 32)
     assert (t.argmax(1) == y.argmax(1)).float().mean() > least
     assert torch.corrcoef(torch.stack([(t / 20).softmax(1).flatten(), y.flatten()]))[0, 1] > alike
 
@@ -1015,6 +1015,13 @@ def test_a_transfer_set_holds_the_labels_that_were_drawn(watch, monkeypatch, met
     record, _ = watch(f"--method {method} --images 16 --image-steps 1 --steps 1")
     stored = [torch.load(record.out / "transfer" / f"{i}.pt", weights_only=True)["labels"] for i in (0, 8)]
     assert all(map(torch.equal, stored, labels))
+
+
+def test_no_batch_of_images_is_larger_than_the_set(watch, monkeypatch):
+    sizes, make = [], g.synthesise
+    monkeypatch.setattr(g, "synthesise", lambda objective, x, *rest: sizes.append(len(x)) or make(objective, x, *rest))
+    record, _ = watch("--method zskd --images 12 --image-batch 64 --image-steps 1 --steps 1")
+    assert len(record.fresh()[0]) == 12 and sizes == [12, 12]
 
 
 def test_noise_is_gaussian():
@@ -2011,11 +2018,12 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 @pytest.mark.parametrize("flags", [
-    "--method rdskd --replay bank", "--method pre", "--method kd", "--method zskd", "--method soft-target",
+    "--method rdskd --replay bank --ours range augment", "--method pre", "--method kd", "--method zskd",
+    "--method soft-target",
     "--method deepinversion --teacher-arch wrn-10-1 --student-arch wrn-10-1", "--method pre --teacher-arch alexnet",
 ])  # fmt: skip
 def test_on_a_gpu(tmp_path, flags, capsys):
-    """It trains a teacher, repeats itself and goes on after Ctrl-C; grid_sample has no fixed order there."""
+    """It trains a teacher, repeats itself and goes on after Ctrl-C; grid_sample's gradient has no fixed order there."""
 
     def run(out):
         teacher = f"--teacher-epochs 1 --teacher-dir {tmp_path / 'teachers'}"
@@ -2599,7 +2607,8 @@ RDSKD_CODE = dict(batch=512, width=128, generator_steps=2400, generator_lr=1e-3,
 PRE_CODE = dict(batch=1024, latent=1000, generator_lr=0.02, loss_weights=(1, 5, 0.1), student_steps=10, steps=144_000,
                 student_lr=0.1, student_decay="cosine", decay_every=360, eval_every=360, replay="vae",
                 memory_latent=1000, memory_width=128, memory_lr=5e-4, latent_lr=0.02, ours=())  # fmt: skip
-ZSKD_CODE = dict(image_steps=1500, image_batch=100, temperature=20, batch=64, student_lr=1e-3, ours=())
+ZSKD_CODE = dict(image_steps=1500, image_batch=100, temperature=20, batch=64, student_optimiser="adam",
+                 student_lr=1e-3, student_decay="none", ours=())  # fmt: skip
 PUBLISHED = {  # papers.md
     ("rdskd", "mnist"): dict(RDSKD_CODE, latent=100, student_decay="none"),
     ("rdskd", "cifar10"): dict(RDSKD_CODE, latent=1000, student_decay="drops"),
@@ -2610,10 +2619,12 @@ PUBLISHED = {  # papers.md
                               student_decay="drops", ours=()),
     ("pre", "mnist"): dict(PRE_CODE, student_optimiser="adam"),
     ("pre", "cifar10"): dict(PRE_CODE, student_optimiser="sgd"),
-    ("zskd", "mnist"): dict(ZSKD_CODE, images=24_000, steps=187_500),
-    ("zskd", "cifar10"): dict(ZSKD_CODE, images=40_000, steps=312_500),
+    ("zskd", "mnist"): dict(ZSKD_CODE, images=24_000, steps=187_500, image_lr=pytest.approx(1e-3 / 0.3081, rel=0.02)),
+    ("zskd", "cifar10"): dict(ZSKD_CODE, images=40_000, steps=312_500, image_lr=pytest.approx(1e-3 / 0.2, rel=0.02)),
     ("soft-target", "mnist"): dict(ZSKD_CODE, images=24_000, steps=187_500, sigma=1.5, loss_weights=(0.05,)),
     ("soft-target", "cifar10"): dict(ZSKD_CODE, images=40_000, steps=312_500, sigma=2.0, loss_weights=(0.1,)),
+    ("deepinversion", "cifar10"): dict(image_batch=256, image_steps=2000, image_lr=0.1, loss_weights=(1e-3, 0, 10),
+                                       ours=()),
 }  # fmt: skip
 
 
@@ -2947,7 +2958,7 @@ def own(tmp_path_factory, glyphs_are_drawn_once):
 
 @pytest.mark.parametrize("name, method, least", [
     ("CNN", "rdskd --generator-steps 60 --width 16", 40), ("CNN", f"pre --student-steps 5 {VAE}", 20),
-    ("thin", "soft-target --images 48 --image-batch 48 --image-steps 15 --steps 20 --eval-every 20", -1),
+    ("thin", "soft-target --images 48 --image-batch 48 --image-steps 15 --steps 20 --eval-every 20", 0),
 ])  # fmt: skip
 def test_networks_of_ones_own_are_distilled(own, tmp_path, name, method, least, capsys):
     run, folder = own
