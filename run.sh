@@ -79,7 +79,7 @@ table() {
     [ "$data" = mnist ] || return 0
     row soft-target-logits --method soft-target --layer logits
     row dafl-vae --method dafl --replay vae
-    row rdskd-range --method rdskd --ours range
+    for method in rdskd dafl mskd pre; do row $method-range --method $method --ours range; done  # without augment
     for memory in none bank vae; do  # G's classes may collapse, S's rate never falls, any pixel value
         row drift-$memory --method pre --replay $memory --loss-weights 1 0 0 --generator-lr 0.2 --student-lr 2e-3 \
             --student-decay none --steps 3000 --ours
@@ -122,7 +122,8 @@ natural_on_a_cpu() {
 }
 
 budget=(--generator-steps 600 --steps 3000)
-rdskd=(--method rdskd "${budget[@]}" --ours range)  # as the methods that it is compared with
+rdskd=(--method rdskd "${budget[@]}" --ours range)  # without augment, as when the figures were measured
+others=(--steps 3000 --ours range)
 
 # robust-rdskd, without a setting, is also the exponential penalty beside claim-sum.
 claims() {
@@ -134,14 +135,14 @@ claims() {
     row claim-no-range-rdskd --method rdskd "${budget[@]}" --ours
     for method in dafl mskd; do row claim-no-range-$method --method $method --steps 3000 --ours; done
     row claim-no-range-pre-none --method pre --steps 3000 --replay none --ours
-    row claim-pre-vae --method pre --steps 3000
-    row claim-pre-none --method pre --steps 3000 --replay none
-    row claim-pre-no-teacher-term --method pre --steps 3000 --no-teacher-term
-    row claim-pre-no-balanced --method pre --steps 3000 --no-balanced
+    row claim-pre-vae --method pre "${others[@]}"
+    row claim-pre-none --method pre "${others[@]}" --replay none
+    row claim-pre-no-teacher-term --method pre "${others[@]}" --no-teacher-term
+    row claim-pre-no-balanced --method pre "${others[@]}" --no-balanced
     for setting in "" "--latent 50" "--latent 200" "--batch 32" "--batch 128" "--temperature 4" "--temperature 20"; do
         name=${setting:+-${setting//[ -]/}}
         row "robust-rdskd$name" "${rdskd[@]}" $setting
-        for method in dafl mskd; do row "robust-$method$name" --method $method --steps 3000 $setting; done
+        for method in dafl mskd; do row "robust-$method$name" --method $method "${others[@]}" $setting; done
     done
     for setting in 0.0005 0.002; do
         row robust-rdskd-lr$setting "${rdskd[@]}" --generator-lr $setting
@@ -149,9 +150,9 @@ claims() {
     row robust-rdskd-width32 "${rdskd[@]}" --width 32
     for method in dafl mskd; do
         for setting in 0.01 0.04; do
-            row robust-$method-lr$setting --method $method --steps 3000 --generator-lr $setting
+            row robust-$method-lr$setting --method $method "${others[@]}" --generator-lr $setting
         done
-        row robust-$method-width24 --method $method --steps 3000 --width 24
+        row robust-$method-width24 --method $method "${others[@]}" --width 24
     done
 }
 
