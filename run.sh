@@ -4,7 +4,7 @@
 #   ./run.sh [FLAGS]     distil: python dfkd.py --method rdskd FLAGS (paths count from this folder)
 #   ./run.sh test        the tests
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
-#   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds, 100 minutes
+#   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds, two hours
 #                                  each; SEEDS="0 1 2": three); cifar10 (where torch sees a GPU, the papers' pairs;
 #                                  else, or with --device cpu, small pairs, four hours)
 #   ./run.sh claims DATA [FLAGS]   RDSKD's objective and PRE-DFKD's memory in parts, generators without --ours range,

@@ -376,6 +376,7 @@ def test_images_are_optimised_towards_their_targets(teacher_file, watch, monkeyp
         return x, L
 
     monkeypatch.setattr(g, "synthesise", spied)
+    teacher.requires_grad_(True)  # its weights get no gradient all the same
     flags = {"soft-target": "--sigma 6 --temperature 20"}.get(method, "")
     record, _ = watch(f"--method {method} --images 48 --image-batch 48 --image-steps 250 --steps 1 {flags}", teacher)
     stored = torch.load(record.out / "transfer" / "0.pt", weights_only=True)
@@ -383,7 +384,7 @@ def test_images_are_optimised_towards_their_targets(teacher_file, watch, monkeyp
     scale = 20**2 if method == "soft-target" else 1  # of CE, whose least value is H(y); other terms are small here
     lowest = -scale * torch.xlogy(y, y).sum(1).mean()
     assert seen["after"] - lowest < (seen["before"] - lowest) / factor
-    assert x.shape == (48, 1, 32, 32)
+    assert x.shape == (48, 1, 32, 32) and all(p.grad is None for p in teacher.parameters())
     assert (t.argmax(1) == y.argmax(1)).float().mean() > least
     assert torch.corrcoef(torch.stack([(t / 20).softmax(1).flatten(), y.flatten()]))[0, 1] > alike
 
