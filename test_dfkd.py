@@ -2993,7 +2993,7 @@ def test_resume_equals_uninterrupted_with_a_network_of_ones_own(own, tmp_path, m
 @pytest.mark.parametrize("method", ["mskd", "zskd", "noise"])
 def test_the_agreement_is_measured_on_images_that_the_student_has_not_seen(own, tmp_path, monkeypatch, method):
     seen, begin = {True: set(), False: set()}, dfkd.Run.begin
-    monkeypatch.setattr(g, "augmented", lambda x, *_: x)
+    monkeypatch.setattr(g, "augmented", lambda x, mirror, degrees=20: x)
 
     def watched(run, teacher, evaluate):
         begin(run, teacher, evaluate)
