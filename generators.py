@@ -308,9 +308,9 @@ def rdskd_loss(images, logits, reference, terms=("oh", "ie", "ds"), penalty=torc
     """L_G = exp(L_oh - L_oh') + exp(L_ie - L_ie') + L_ds: RDSKD's generator objective, which has no weights to tune.
 
     images (B, C, H, W), logits (B, K), reference = (L_oh', L_ie') -> scalar. The reference values are constants, seen
-    earlier in training: an increase over them costs exponentially, a decrease earns little [P]. The form is [C].
-    The loop, `dfkd.rdskd`, renews them. For comparison only [I]: `terms` may leave terms out, and another `penalty`
-    may stand in the place of exp; the identity gives the plain sum.
+    earlier in training (a gradient in them would cancel that of L_oh, L_ie): an increase over them costs exponentially,
+    a decrease earns little [P]. The form is [C]. The loop, `dfkd.rdskd`, renews them. For comparison only [I]: `terms`
+    may leave terms out, and another `penalty` may stand in the place of exp; the identity gives the plain sum.
     """
     L_G = torch.zeros_like(logits[0, 0])
     if "oh" in terms:

@@ -7,7 +7,8 @@
 Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer, and `split(layer)`
 gives the way from the outputs of an inner layer to the logits. `Own` makes a Classifier of any network that maps images
 to logits: build("net.py:Net") calls Net in the file net.py.
-AlexNet is that of ZSKD's code [C]; test_dfkd.py holds the parameter counts.
+AlexNet is that of ZSKD's code [C], its padding and the constants of its LRN are ours [I]; test_dfkd.py holds the
+parameter counts.
 
 References
     LeNet-5        LeCun et al. 1998, as DAFL has it                     https://arxiv.org/abs/1904.01186

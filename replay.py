@@ -22,7 +22,8 @@ class Encoder(nn.Module):
     """E: x (B, C, H, W) -> mu, log_var (B, d) each; the network of PRE-DFKD's code [C], where width = 128.
 
     Each image is first divided by its L2 norm along the height [C]. The second positional argument of BatchNorm is its
-    eps, 0.8, as in `Generator` [C]. The image is halved by nearest resampling, which takes every other pixel [C].
+    eps, 0.8, as in `Generator` [C]. The image is halved by nearest resampling, which takes every other pixel [C]; of an
+    odd side the last one, too [I].
     """
 
     bf16 = False
@@ -43,7 +44,7 @@ class Encoder(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2, inplace=True)  # (B, 64, H, W)
             x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2, inplace=True)[..., ::2, ::2]  # (B, 128, H/2, W/2)
-            x = self.bn3(self.conv3(x))[..., ::2, ::2].flatten(1)  # (B, 128 H/8 W/8)
+            x = self.bn3(self.conv3(x))[..., ::2, ::2].flatten(1)  # (B, 128 ceil(H/8) ceil(W/8))
             mu, log_var = self.mu(x), self.log_var(x)
         return at_least_float32(mu), at_least_float32(log_var)
 
@@ -168,7 +169,7 @@ class PseudoReplay(nn.Module):
         else:
             L_rec = F.l1_loss(x_hat, x)
         L_vae = vae_loss(L_rec, mu, log_var)
-        L_vae.backward()
+        L_vae.backward(inputs=list(self.vae.parameters()))  # nothing into G or T, whoever calls
         self.optimiser.step()
         terms = dict(L_vae=L_vae, L_rec=L_rec, L_kl=kl_divergence(mu, log_var), L_balance=L_balance)
         return {name: term.detach() for name, term in terms.items() if term is not None}

@@ -970,6 +970,14 @@ def test_the_decoder_learns_the_balance_of_what_it_rehearses(balanced):
         assert torch.allclose(got[name], p.grad, rtol=1e-3, atol=1e-5), name
 
 
+def test_the_memory_leaves_no_gradient_in_generator_or_teacher():
+    T, G = models.LeNet5((2, 3, 5, 8), 10, 1).eval(), g.Generator(4, 1, width=4)
+    memory = replay.PseudoReplay(replay.VAE(4, 1, width=4), 1e-3, 0.02)
+    novel = G(torch.randn(16, 4))
+    memory.learn(novel, T, rehearse=True)
+    assert all(p.grad is None for p in [*T.parameters(), *G.parameters()])
+
+
 def test_deepinversion_rolls_before_every_step(watch, monkeypatch):
     rolls, rolled = [], g.rolled
     monkeypatch.setattr(g, "rolled", lambda x: rolls.append(rolled(x)) or rolls[-1])
