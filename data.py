@@ -638,7 +638,7 @@ def png(images, columns=8):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def svg_samples(pictures, count):
+def svg_samples(pictures, count=32):
     """The upper `count` pixel lines of pictures that `png` wrote, [(name, path), ...], as one SVG with their names."""
     parts, y, widest = [], 4, 0
     left = 8 + 7 * max(len(name) for name, _ in pictures)

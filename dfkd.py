@@ -25,6 +25,7 @@ import argparse
 import functools
 import io
 import json
+import math
 import statistics
 import textwrap
 import time
@@ -172,7 +173,7 @@ STUDENTS = {
 }
 TEACHER_EPOCHS = {"glyphs": 4, "mnist": 10, "fashion-mnist": 15, "svhn": 15, "cifar10": 30, "cifar100": 40}
 # fmt: on
-CERTAINTY = 0.2  # of the teacher about soft-target synthesis's features, L_oh in nats: what decides sigma [I]
+FEATURE_L_OH = 0.2  # the teacher's L_oh, in nats, on soft-target synthesis's features: what decides sigma [I]
 
 
 class RunError(Exception):
@@ -330,7 +331,7 @@ def zskd(teacher, student, info, args, run):
     tau, weight = args.temperature, teacher.classifier.weight
 
     def make_images(index):
-        k = generators.balanced_classes(index, info.classes)
+        k = index % info.classes  # each class as often as any other [C]; in this order [I]
         beta = torch.where(index // info.classes % 2 == 0, 1.0, 0.1)  # for each class, half of its images
         y = generators.dirichlet_targets(weight, k, beta)
 
@@ -350,7 +351,7 @@ def deepinversion(teacher, student, info, args, run):
         print(f"{args.teacher_arch} has no BatchNorm: DeepInversion's term of its statistics is absent")
 
     def make_images(index):
-        y = generators.balanced_classes(index, info.classes)
+        y = index % info.classes  # each class as often as any other [C]; in this order [I]
         with generators.batch_norm_inputs(teacher) as inputs:
 
             def objective(x):
@@ -493,7 +494,7 @@ def student_optimiser(student, args):
 
 
 def minimise(loss, optimiser, decay=None):
-    """One step; gradients only of what the optimiser moves: L_G reaches the student's weights as well."""
+    """One optimiser step on `loss`. Only the optimiser's own parameters get gradients: L_G depends on S, too."""
     optimiser.zero_grad()
     loss.backward(inputs=[p for group in optimiser.param_groups for p in group["params"]])
     optimiser.step()
@@ -503,16 +504,15 @@ def minimise(loss, optimiser, decay=None):
 
 def feature_model(teacher, args):
     """What soft-target synthesis models, `auto` decided: a layer's name, the layer, what follows it, its sigma."""
-    layer = teacher.modelled if args.layer == "auto" else args.layer
+    layer, sigma = teacher.modelled if args.layer == "auto" else args.layer, args.sigma
     try:
         linear, rest = teacher.split(layer)
-        if args.sigma != "auto":
-            generators.feature_distribution(linear.weight, args.sigma)  # an error, if it has none
-            return layer, linear, rest, args.sigma
-        sigma = generators.feature_scale(linear.weight, rest, CERTAINTY)
+        if sigma == "auto":
+            sigma = generators.feature_scale(linear.weight, rest, FEATURE_L_OH)
+            print(f"sigma      {sigma:.4g} for {layer}: there the teacher's L_oh is {FEATURE_L_OH}")
+        generators.feature_distribution(linear.weight, sigma)  # an error, if it has none
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise RunError(f"--layer {layer} --sigma {args.sigma}: {error}") from None
-    print(f"sigma      {sigma:.4g} for {layer}: there the teacher's L_oh is {CERTAINTY}")
     return layer, linear, rest, sigma
 
 
@@ -547,7 +547,8 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     def report(step, L_x):
         run.tell(f"step {step}/{args.image_steps}  L_x {L_x:.4g}")
 
-    settle, factor = 0.01 if "settle" in ours else 0.0, count if "sum" in ours else 1
+    settle = 0.01 if "settle" in ours else 0.0
+    factor = count if "sum" in ours else 1
     return generators.synthesise(of_augmented, x, args.image_steps, args.image_lr, constrain, settle, factor, report)
 
 
@@ -577,7 +578,7 @@ class Run:
         if not sound_checkpoint(saved):
             raise self.foreign()
         before, now = saved["settings"], self.settings
-        for key in {**now, **before}:
+        for key in now | before:
             if before.get(key) != now.get(key) and key != "teacher_crc":
                 raise RunError(f"{self.out}: began with {flag(key)} {before.get(key)}, now {now.get(key)}; "
                                f"give the same to resume")  # fmt: skip
@@ -634,10 +635,10 @@ class Run:
         Between rounds it shows progress and, now and then, saves; in the student's stage it evaluates, too.
         """
         # a batch of images is long work: each is saved at once
-        every = {"student": self.args.eval_every, "images": each}.get(stage, -(-count // 20))
+        every = {"student": self.args.eval_every, "images": each}.get(stage, math.ceil(count / 20))
         first = self.done.get(stage, 0)
         begun = self.shown = time.perf_counter()
-        for turn in range(-(-first // each), -(-count // each)):
+        for turn in range(math.ceil(first / each), math.ceil(count / each)):
             self.turn, self.where = turn, f"{stage:<10} {turn * each}/{count}"
             yield turn
             done = min((turn + 1) * each, count)
@@ -667,9 +668,10 @@ class Run:
         """Check the losses since the last time, evaluate the student, save -> what to show."""
         means, bad = {}, []
         for name, noted in self.terms.items():
-            values = torch.stack([value for _, value in noted]).cpu()
-            means[name] = values.double().mean().item()
-            bad += [(*noted[i], name) for i in (~values.isfinite()).nonzero()[:1]]
+            turns, values = zip(*noted)
+            values = torch.stack(values).cpu().double()
+            means[name] = values.mean().item()
+            bad += [(turn, value, name) for turn, value in zip(turns, values.tolist()) if not math.isfinite(value)]
         if bad:
             turn, value, name = min(bad, key=lambda found: found[0])  # NaN spreads: the first one tells the most
             where = f"{stage} step {turn * each + 1}" + (f" to {(turn + 1) * each}" if each > 1 else "")
@@ -697,15 +699,15 @@ class Run:
         return time.perf_counter() - self.begun
 
     def compared(self, batches):
-        """On batches of images: on how many percent S, in eval mode, names T's class; the diversity within T's classes.
+        """Of a list of batches: how often S (eval mode) predicts T's class, in percent; the diversity within classes.
 
         It comes after the last step and its checkpoint: what it draws, and what it changes in G, changes no result.
         """
         student = self.kept["S"].eval()
         with torch.no_grad():
-            x, t, s = map(torch.cat, zip(*((x, self.teacher(x), student(x)) for x in batches)))
+            t, s = (torch.cat([net(x) for x in batches]) for net in (self.teacher, student))
         same = (s.argmax(1) == t.argmax(1)).float().mean()
-        return 100 * same.item(), generators.diversity_within_classes(x, t).item()
+        return 100 * same.item(), generators.diversity_within_classes(torch.cat(batches), t).item()
 
     def finish(self, teacher_accuracy):
         """Write student.pt and, last of all, result.json -> the result."""
@@ -849,7 +851,7 @@ def parser():
     add("--layer", choices=("auto", "fc2", "logits"), metavar="NAME",
         help="soft-target models its outputs: auto, fc2, logits")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
-        help=f"their deviation (auto: the teacher's L_oh is {CERTAINTY})")
+        help=f"their deviation (auto: the teacher's L_oh is {FEATURE_L_OH})")
     add("--eval-every", type=number(int, 1), metavar="N", help="student steps between evaluations (default: a 25th)")
 
     add = top.add_argument_group("replay, for methods with a generator").add_argument
@@ -882,7 +884,6 @@ def parser():
     add_one("--plot", nargs="+", metavar="RUN", help="draw accuracies into --out (runs/curves.svg)")
     add("--over", choices=("steps", "minutes"), default="steps", help="what --plot draws them over (default: steps)")
     add_one("--pictures", nargs="+", metavar="RUN", help="put samples into --out (runs/samples.svg)")
-    add("--lines", type=number(int, 1, 1024), default=32, metavar="N", help="pixel lines of each (default: 32)")
     add_one("--table", nargs="+", metavar="RUN", help="print a row for runs that differ in the seed alone")
     return top
 
@@ -926,7 +927,9 @@ def name_data(args, error):
     own = ":" in (args.teacher_arch or "")
     if own and not args.teacher:
         error(f"--teacher-arch {args.teacher_arch}: it is not trained here, give --teacher FILE")
-    given = [flag(key) for key in DESCRIPTION if getattr(args, key)] or ["--teacher-arch"] * (own and not args.dataset)
+    given = [flag(key) for key in DESCRIPTION if getattr(args, key)]
+    if own and not args.dataset:
+        given.append("--teacher-arch")
     if given:
         if not args.teacher or not args.teacher_arch:
             error(f"{given[0]} describes your own teacher: give --teacher FILE and --teacher-arch NAME")
@@ -935,7 +938,7 @@ def name_data(args, error):
         if args.no_eval and args.test:
             error("--no-eval measures nothing, --test FILE does: give one of them")
         args.dataset, args.no_eval = "own", not args.test
-        args.channels, args.image_size = args.channels or len(args.mean or (1, 2, 3)), args.image_size or 32
+        args.channels, args.image_size = args.channels or (len(args.mean) if args.mean else 3), args.image_size or 32
         args.mean, args.std = args.mean or (0.5,) * args.channels, args.std or (0.25,) * args.channels
         if args.image_size % 4:
             error(f"--image-size {args.image_size} is no multiple of 4")
@@ -1059,8 +1062,8 @@ def fill_schedule(args, error):
         if getattr(args, key):
             setattr(args, key, tuple(name for name in names if name in getattr(args, key)))
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
-    args.steps = each * -(-args.steps // each)
-    args.eval_every = each * -(-(args.eval_every or -(-args.steps // 25)) // each)
+    args.steps = each * math.ceil(args.steps / each)
+    args.eval_every = each * math.ceil((args.eval_every or math.ceil(args.steps / 25)) / each)
 
 
 # ---------------------------------------------------------------- one whole run
@@ -1151,7 +1154,7 @@ def real_images(real, info, args):
 def summary(result, out):
     print()
     if result["teacher_accuracy"] is not None:
-        evaluations = -(-result["steps"] // result["args"]["eval_every"])
+        evaluations = math.ceil(result["steps"] / result["args"]["eval_every"])
         print(f"teacher  {result['teacher']:<12} {result['teacher_accuracy']:.2f} %")
         print(f"student  {result['student']:<12} {result['accuracy_last']:.2f} % at the last step")
         print(f"         over all {evaluations} evaluations: mean {result['accuracy_mean']:.2f} %, "
@@ -1177,7 +1180,7 @@ def drawn_runs(args):
     """The picture that --plot or --pictures asks for."""
     if args.pictures:
         samples = [(data.without_seed(run), Path(run) / "samples.png") for run in args.pictures]
-        return data.svg_samples(samples, args.lines)
+        return data.svg_samples(samples)
     axis, x_label = (1, "minutes") if args.over == "minutes" else (0, "student step")
     curves = [(data.without_seed(run), data.finished(Path(run))[1]) for run in args.plot]
     return data.svg_curves([(name, [(point[axis], point[2]) for point in curve]) for name, curve in curves], x_label)

@@ -411,10 +411,10 @@ def feature_distribution(weight, sigma):
 
 
 @torch.no_grad()
-def feature_scale(weight, rest, certainty, count=4000):
-    """The sigma at which the teacher's L_oh on sampled features h is `certainty`, found by bisection [I].
+def feature_scale(weight, rest, L_oh, count=4000):
+    """The sigma at which the teacher's L_oh on sampled features h is `L_oh`, found by bisection [I].
 
-    weight (D, M) of the layer, rest: h (B, D) -> logits (B, K), certainty in nats -> float.
+    weight (D, M) of the layer, rest: h (B, D) -> logits (B, K), L_oh in nats -> float.
     Why: sigma has the unit of this teacher's features, and only data would tell their size. But a trained teacher is
     sure of the data that it was trained on, and how sure it is has no unit. L_oh falls as sigma grows. The samples are
     always the same ones.
@@ -426,9 +426,9 @@ def feature_scale(weight, rest, certainty, count=4000):
     low, high = 1e-3, 1e3
     for _ in range(30):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if one_hot_loss(rest(middle * h)) < certainty else (middle, high)
+        low, high = (low, middle) if one_hot_loss(rest(middle * h)) < L_oh else (middle, high)
     if not 2e-3 < middle < 5e2:
-        raise ValueError(f"no sigma makes the teacher's L_oh {certainty}")
+        raise ValueError(f"no sigma makes the teacher's L_oh {L_oh}")
     return middle
 
 
@@ -553,14 +553,6 @@ def rolled(images):
 
 
 # ---------------------------------------------------------------- images optimised towards their targets
-
-
-def balanced_classes(index, num_classes):
-    """The classes of images number `index` (B,) of a transfer set: each class is as frequent as any other.
-
-    ZSKD and DeepInversion balance them [C]; in which order is ours [I].
-    """
-    return index % num_classes
 
 
 def smooth_noise(count, channels, image_size=32, device="cpu"):

@@ -262,7 +262,7 @@ class Own(Classifier):
         self.train()
 
     def probe(self, count=2):
-        """A batch of noise and its logits; NetworkError where they are none that S or G could learn from."""
+        """A batch of noise and its logits. Raises NetworkError if S or G could not learn from them."""
         shape = (count, *self.shape)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         try:
@@ -286,14 +286,14 @@ class Own(Classifier):
             raise NetworkError(f"{self.name} passes no gradient: {in_one_line(error)}") from None
 
     def check_that_it_teaches(self):
-        """NetworkError where it cannot be a teacher: G learns through T's images."""
+        """Raises NetworkError if it cannot be a teacher: G learns through T's images."""
         self.eval()  # as T is used
         x, logits = self.probe()
         if self.gradients(logits, [x]) == (None,):
             raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach or no_grad in it?")
 
     def check_that_it_trains(self):
-        """NetworkError where it cannot be a student; its BatchNorms are left as they are."""
+        """Raises NetworkError if it cannot be a student. Its BatchNorms are left as they are."""
         before = copy.deepcopy(self.net.state_dict())  # deepcopy refuses a network that keeps an activation
         self.net.train()
         (_, logits), weights = self.probe(), trained_weights(self)
@@ -425,9 +425,9 @@ def on_device(name, info, device, precision):
 
 
 def sample(name, info):
-    """A network called `name` to look at, not to use, with its number of classes in it.
+    """Build the network `name` only to check that it takes such images -> the network, with its `classes`.
 
-    ValueError or NetworkError says in one line why there is none for such images.
+    Raises ValueError or NetworkError, with one line that says why it does not.
     """
     if ":" in name:
         return build(name, info.classes, info.channels, info.size)
@@ -657,7 +657,7 @@ def clock(seconds):
 
 
 def set_up_torch(threads):
-    """What is the same for the whole process."""
+    """Set torch's options for the whole process: threads, memory, determinism."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     call_mkl()
@@ -665,7 +665,7 @@ def set_up_torch(threads):
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler: 1.4 seconds
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
-    if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:
+    if threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > os.cpu_count() + 0.5:
         print("note: other processes keep the cores busy; runs side by side are faster with --threads 1 each")
 
 
@@ -691,22 +691,6 @@ def call_mkl():
     """
     for function in (torch.tanh, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.erf):
         function(torch.ones(16))
-
-
-def cores_in_use(seconds=0.2):
-    """How many cores other processes use just now, measured while this one sleeps; 0 where the system does not say."""
-
-    def idle_and_all():
-        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return ticks[3] + ticks[4], sum(ticks)
-
-    try:
-        idle, total = idle_and_all()
-        time.sleep(seconds)
-        idle, total = (now - before for now, before in zip(idle_and_all(), (idle, total)))
-        return os.cpu_count() * (1 - idle / total)
-    except (OSError, ValueError, IndexError, ZeroDivisionError):
-        return 0
 
 
 def peak_memory(device):

@@ -9,6 +9,8 @@ Reference
     PRE-DFKD     Binici et al., AAAI 2022                https://arxiv.org/abs/2201.03019
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,7 +38,7 @@ class Encoder(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, eps=0.8)
         self.conv3 = nn.Conv2d(width, width, 3, stride=2, padding=1)
         self.bn3 = nn.BatchNorm2d(width)
-        features = width * (-(-image_size // 8)) ** 2
+        features = width * math.ceil(image_size / 8) ** 2
         self.mu, self.log_var = nn.Linear(features, latent_dim), nn.Linear(features, latent_dim)
 
     def forward(self, x):
@@ -193,7 +195,7 @@ class Bank(nn.Module):
     """A bounded store of earlier samples: new ones replace old ones at random, draws are uniform.
 
     The straightforward replay that PRE-DFKD argues against, as in its baseline MB-DFKD [P]; what is stored when is our
-    choice [I]. It has the verbs of `PseudoReplay`, so that a loop need not know which of them it has.
+    choice [I]. It has the methods of `PseudoReplay`, so that a loop need not know which of the two it has.
     """
 
     def __init__(self, capacity, channels, image_size=32):

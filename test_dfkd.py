@@ -61,6 +61,23 @@ def glyphs_are_drawn_once():
         yield drawn
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, name) -> a list to which each call of this function adds all its arguments, and its result."""
+
+    def watch(module, name):
+        calls, function = [], getattr(module, name)
+
+        def noted(*args, **more):
+            calls.append(((*args, *more.values()), function(*args, **more)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(module, name, noted)
+        return calls
+
+    return watch
+
+
 # ---------------------------------------------------------------- the losses, against formulas written out in float64
 
 
@@ -231,14 +248,14 @@ def test_networks_split_in_two(name, layer):
 def test_sigma_makes_the_teacher_as_sure_as_asked():
     weight, last = torch.randn(20, 30), nn.Linear(20, 10).requires_grad_(False)
     rest = nn.Sequential(nn.ReLU(), last)
-    sigma = g.feature_scale(weight, rest, certainty=0.3)
+    sigma = g.feature_scale(weight, rest, L_oh=0.3)
     h = g.feature_distribution(weight, sigma).sample((20_000,))
     assert float(g.one_hot_loss(rest(h))) == pytest.approx(0.3, abs=0.02)
-    assert g.feature_scale(weight, rest, certainty=0.1) > sigma
+    assert g.feature_scale(weight, rest, L_oh=0.1) > sigma
     last.bias.zero_()
-    before = g.feature_scale(weight, rest, certainty=0.3)
+    before = g.feature_scale(weight, rest, L_oh=0.3)
     last.weight.mul_(2)
-    assert g.feature_scale(weight, rest, certainty=0.3) == pytest.approx(before / 2, rel=1e-4)  # the unit cancels
+    assert g.feature_scale(weight, rest, L_oh=0.3) == pytest.approx(before / 2, rel=1e-4)  # the unit cancels
 
 
 def test_dirichlet_targets():
@@ -252,12 +269,12 @@ def test_dirichlet_targets():
     assert torch.allclose(mean, c / c.sum(1, keepdim=True), atol=0.03)
 
 
-def test_constants_of_the_distributions(monkeypatch):
-    made = []
-    monkeypatch.setattr(g, "Dirichlet", lambda c: made.append(c) or torch.distributions.Dirichlet(c))
+def test_constants_of_the_distributions(spy):
+    made = spy(g, "Dirichlet")
     weight = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
     g.dirichlet_targets(weight, torch.tensor([0, 0]), torch.tensor([1.0, 0.1]))
-    assert torch.allclose(made[0], torch.tensor([[1.0001, 0.5001, 0.0001], [0.1001, 0.0501, 0.0001]]), rtol=1e-3)
+    expected = torch.tensor([[1.0001, 0.5001, 0.0001], [0.1001, 0.0501, 0.0001]])
+    assert torch.allclose(made[0][1].concentration, expected, rtol=1e-3)
     R = g.feature_distribution(weight, 2.0).covariance_matrix
     assert torch.allclose(R.diagonal(), torch.tensor(4.0004), atol=1e-5)
 
@@ -276,11 +293,11 @@ def test_augmentation_moves_images_a_little():
 
 
 @pytest.mark.parametrize("mirror, degrees", [(False, 20), (True, 20), (False, 45)])
-def test_augmentation_turns_scales_and_shifts(monkeypatch, mirror, degrees):
-    grids, real = [], F.affine_grid
-    monkeypatch.setattr(F, "affine_grid", lambda theta, *more, **how: grids.append(theta) or real(theta, *more, **how))
+def test_augmentation_turns_scales_and_shifts(spy, mirror, degrees):
+    grids = spy(F, "affine_grid")
     g.augmented(torch.zeros(4000, 1, 8, 8), mirror, degrees)
-    A, shift = grids[0].split((2, 1), 2)
+    (theta, *_), _ = grids[0]
+    A, shift = theta.split((2, 1), 2)
     scale = A[:, :, 1].norm(dim=1)
     A = A / scale[:, None, None]
     assert torch.allclose(A.mT @ A, torch.eye(2).expand_as(A), atol=1e-5)  # a rotation, or a mirrored one
@@ -978,12 +995,11 @@ def test_the_memory_leaves_no_gradient_in_generator_or_teacher():
     assert all(p.grad is None for p in [*T.parameters(), *G.parameters()])
 
 
-def test_deepinversion_rolls_before_every_step(watch, monkeypatch):
-    rolls, rolled = [], g.rolled
-    monkeypatch.setattr(g, "rolled", lambda x: rolls.append(rolled(x)) or rolls[-1])
+def test_deepinversion_rolls_before_every_step(watch, spy):
+    rolls = spy(g, "rolled")
     _, events = watch("--method deepinversion --images 16 --image-steps 5 --steps 1")
     seen = [e.x for e in events if e.who == "T" and e.stage == "images"]
-    assert len(rolls) == 10 and all(any(torch.equal(x, roll) for x in seen) for roll in rolls)
+    assert len(rolls) == 10 and all(any(torch.equal(x, roll) for x in seen) for _, roll in rolls)
 
 
 @pytest.mark.parametrize("method", ["zskd", "deepinversion"])
@@ -994,43 +1010,34 @@ def test_the_classes_of_a_whole_set_are_balanced(watch, method):
     assert sorted(classes.bincount(minlength=10).tolist()) == 5 * [4] + 5 * [5]
 
 
-def test_zskd_has_both_betas_for_every_class(watch, monkeypatch):
-    drawn, targets = [], g.dirichlet_targets
-    monkeypatch.setattr(g, "dirichlet_targets", lambda w, k, beta: drawn.append((k, beta)) or targets(w, k, beta))
+def test_zskd_has_both_betas_for_every_class(watch, spy):
+    drawn = spy(g, "dirichlet_targets")
     watch("--method zskd --images 40 --image-batch 8 --image-steps 1 --steps 1")
-    classes, beta = (torch.cat(parts) for parts in zip(*drawn))
+    _, classes, beta = (torch.cat(parts) for parts in zip(*(args for args, _ in drawn)))
     assert all(sorted(beta[classes == k].tolist()) == pytest.approx([0.1, 0.1, 1, 1]) for k in range(10))
 
 
-def test_what_a_student_sees_of_a_transfer_set(watch, monkeypatch):
-    calls, augmented = [], g.augmented
-
-    def noted(x, mirror, degrees=20):
-        calls.append((augmented(x, mirror, degrees), mirror or degrees != 20, x))
-        return calls[-1][0]
-
-    monkeypatch.setattr(g, "augmented", noted)
+def test_what_a_student_sees_of_a_transfer_set(watch, spy):
+    calls = spy(g, "augmented")
     _, events = watch("--method zskd --images 16 --image-steps 1 --steps 6")
     seen = [e.x for e in events if e.stage == "student" and e.who in "ST"]
-    assert len(calls) == 2 + 6 and not any(mirror for _, mirror, _ in calls)
-    assert all(torch.equal(x, calls[2 + i // 2][0]) for i, x in enumerate(seen)) and len(seen) == 12  # S and T
-    assert len(torch.cat([x for *_, x in calls[2:]]).unique(dim=0)) == 16  # of every file
+    assert len(calls) == 2 + 6 and all(more == [False] for (_, *more), _ in calls)  # not mirrored, 20 degrees
+    assert all(torch.equal(x, calls[2 + i // 2][1]) for i, x in enumerate(seen)) and len(seen) == 12  # S and T
+    assert len(torch.cat([x for (x, _), _ in calls[2:]]).unique(dim=0)) == 16  # of every file
 
 
 @pytest.mark.parametrize("method, drawn", [("zskd", "dirichlet_targets"), ("soft-target", "soft_labels")])
-def test_a_transfer_set_holds_the_labels_that_were_drawn(watch, monkeypatch, method, drawn):
-    labels, draw = [], getattr(g, drawn)
-    monkeypatch.setattr(g, drawn, lambda *args: labels.append(draw(*args)) or labels[-1])
+def test_a_transfer_set_holds_the_labels_that_were_drawn(watch, spy, method, drawn):
+    drawn = spy(g, drawn)
     record, _ = watch(f"--method {method} --images 16 --image-steps 1 --steps 1")
     stored = [torch.load(record.out / "transfer" / f"{i}.pt", weights_only=True)["labels"] for i in (0, 8)]
-    assert all(map(torch.equal, stored, labels))
+    assert all(torch.equal(y, labels) for y, (_, labels) in zip(stored, drawn))
 
 
-def test_no_batch_of_images_is_larger_than_the_set(watch, monkeypatch):
-    sizes, make = [], g.synthesise
-    monkeypatch.setattr(g, "synthesise", lambda objective, x, *rest: sizes.append(len(x)) or make(objective, x, *rest))
+def test_no_batch_of_images_is_larger_than_the_set(watch, spy):
+    made = spy(g, "synthesise")
     record, _ = watch("--method zskd --images 12 --image-batch 64 --image-steps 1 --steps 1")
-    assert len(record.fresh()[0]) == 12 and sizes == [12, 12]
+    assert len(record.fresh()[0]) == 12 and [len(x) for _, (x, _) in made] == [12, 12]
 
 
 def test_noise_is_gaussian():
@@ -1417,12 +1424,11 @@ def test_svhn_files_are_read(tmp_path, order, compressed, capsys):
     assert capsys.readouterr().out.count("not the published file") == 2
 
 
-def test_other_variables_are_not_inflated(tmp_path, monkeypatch):
-    other, matrix, inflated = mat_matrix("<", "Z", np.zeros(3_000_000), 9, True), data.matrix, []
+def test_other_variables_are_not_inflated(tmp_path, spy):
+    other, inflated = mat_matrix("<", "Z", np.zeros(3_000_000), 9, True), spy(data, "matrix")
     (tmp_path / "file.mat").write_bytes(svhn_file(more=other)[2])
-    monkeypatch.setattr(data, "matrix", lambda *args: inflated.append(matrix(*args)) or inflated[-1])
     assert len(data.parse_mat(tmp_path / "file.mat")["y"]) == 7
-    assert sum(map(len, inflated)) < 7 * 3080 + 2000
+    assert sum(len(content) for _, content in inflated) < 7 * 3080 + 2000
 
 
 def plain(old, new):
@@ -2112,7 +2118,7 @@ def test_resume_equals_uninterrupted(blind, whole, tmp_path, name, share, capsys
 def test_seconds_of_a_resumed_run(blind, tmp_path):
     with backward_passes(until=14):
         assert blind(tmp_path) == 130
-    altered(seconds=1000.0)(tmp_path / "checkpoint.pt")
+    altered(lambda saved: saved.update(seconds=1000.0))(tmp_path / "checkpoint.pt")
     assert blind(tmp_path, "--resume") == 0 and result_of(tmp_path)["seconds"] >= 1000
 
 
@@ -2191,19 +2197,18 @@ def test_a_stopped_teacher_goes_on(tmp_path, glyphs_are_drawn_once):
 
 
 @pytest.mark.parametrize("name, arch", [("svhn", "wrn-10-1"), ("cifar100", "wrn-10-1"), ("fashion-mnist", "lenet5")])
-def test_how_a_teacher_is_trained(made_data_sets, tmp_path, monkeypatch, name, arch):
-    crops, crop = [], data.cropped_and_mirrored
-    monkeypatch.setattr(data, "cropped_and_mirrored", lambda x: crops.append(len(x)) or crop(x))
+def test_how_a_teacher_is_trained(made_data_sets, tmp_path, spy, name, arch):
+    crops = spy(data, "cropped_and_mirrored")
     real, info = data.Data(*(v[:256] for v in data.load(name, made_data_sets))), data.INFO[name]
     half = tmp_path / "half"
     models.train(arch, real, info, 2, 0, "fp32", half, lambda *line: None)
     _, optimiser, cycle = torch.load(half, weights_only=True)["parts"]
-    assert crops == 4 * [128] * info.mirror  # two epochs of two steps
+    assert [len(x) for _, x in crops] == 4 * [128] * info.mirror  # two epochs of two steps
     assert (cycle["last_epoch"], cycle["total_steps"]) == (4, 4)
     assert optimiser["param_groups"][0].get("nesterov", False) == (arch != "lenet5")
     draw = dfkd.real_images(real, info, dfkd.parse("--method kd --device cpu --batch 7".split()))
     crops.clear()
-    assert draw().shape == (7, info.channels, 32, 32) and crops == [7] * info.mirror
+    assert draw().shape == (7, info.channels, 32, 32) and [len(x) for _, x in crops] == [7] * info.mirror
 
 
 def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyphs_are_drawn_once):
@@ -2219,36 +2224,29 @@ def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyph
     assert len(list(tmp_path.iterdir())) == 7
 
 
-def one_beta(path):
-    """Adam's two betas become one, which torch would load."""
-    saved = torch.load(path, weights_only=True)
-    saved["parts"]["optimiser_S"]["param_groups"][0]["betas"] = (0.9,)
-    torch.save(saved, path)
+def altered(change):
+    """A damage to a checkpoint: change(saved) alters its content, and torch would load it all the same."""
 
+    def damage(path):
+        saved = torch.load(path, weights_only=True)
+        change(saved)
+        torch.save(saved, path)
 
-def altered(**changes):
-    """A change of a checkpoint's content."""
-    return lambda path: torch.save({**torch.load(path, weights_only=True), **changes}, path)
-
-
-def without_seconds(path):
-    saved = torch.load(path, weights_only=True)
-    del saved["rows"][-1]["seconds"]
-    torch.save(saved, path)
+    return damage
 
 
 CHECKPOINTS = {
     "another version's": lambda path: torch.save(dict(step=3, net={}), path),
     "a list": lambda path: torch.save([1, 2], path),
     "a .training file": lambda path: torch.save(dict(epochs=1, parts=[], random={}), path),
-    "no parts": altered(parts={}),
-    "other parts": altered(parts=dict(S=models.build("lenet5").state_dict())),
-    "a shorter list": one_beta,
-    "no random state": altered(random=dict(cpu=torch.zeros(3))),
-    "no settings": altered(settings=None),
-    "no figures": altered(done={"student": "8"}),
-    "no rows": altered(rows=[3]),
-    "no seconds": without_seconds,
+    "no parts": altered(lambda saved: saved.update(parts={})),
+    "other parts": altered(lambda saved: saved.update(parts=dict(S=models.build("lenet5").state_dict()))),
+    "a shorter list": altered(lambda saved: saved["parts"]["optimiser_S"]["param_groups"][0].update(betas=(0.9,))),
+    "no random state": altered(lambda saved: saved.update(random=dict(cpu=torch.zeros(3)))),
+    "no settings": altered(lambda saved: saved.update(settings=None)),
+    "no figures": altered(lambda saved: saved.update(done={"student": "8"})),
+    "no rows": altered(lambda saved: saved.update(rows=[3])),
+    "no seconds": altered(lambda saved: saved["rows"][-1].pop("seconds")),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "text": lambda path: path.write_text("no checkpoint"),
 }
@@ -2289,10 +2287,7 @@ def test_resume_refuses_other_arguments(blind, refused, teacher_file, tmp_path, 
 
 def test_resume_refuses_a_flag_that_was_not_there(blind, refused, tmp_path):
     assert blind(tmp_path, "--method zskd") == 0
-    path = tmp_path / "checkpoint.pt"
-    saved = torch.load(path, weights_only=True)
-    del saved["settings"]["image_lr"]
-    torch.save(saved, path)
+    altered(lambda saved: saved["settings"].pop("image_lr"))(tmp_path / "checkpoint.pt")
     assert "--image-lr None, now" in refused(tmp_path, "--method zskd --resume")
 
 
