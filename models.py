@@ -665,7 +665,7 @@ def set_up_torch(threads):
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler: 1.4 seconds
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
-    if threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > os.cpu_count() + 0.5:
+    if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:
         print("note: other processes keep the cores busy; runs side by side are faster with --threads 1 each")
 
 
@@ -691,6 +691,25 @@ def call_mkl():
     """
     for function in (torch.tanh, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.erf):
         function(torch.ones(16))
+
+
+def cores_in_use(seconds=0.2):
+    """How many cores other processes use just now, measured while this one sleeps; 0 where the system does not say.
+
+    os.getloadavg would be shorter, but for a minute it counts what this user ran before.
+    """
+
+    def idle_and_all():
+        ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)
+
+    try:
+        idle, total = idle_and_all()
+        time.sleep(seconds)
+        idle, total = (now - before for now, before in zip(idle_and_all(), (idle, total)))
+        return os.cpu_count() * (1 - idle / total)
+    except (OSError, ValueError, IndexError, ZeroDivisionError):
+        return 0
 
 
 def peak_memory(device):
