@@ -2021,7 +2021,7 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
     torch.save(models.build("wrn-10-1", 7, 2).state_dict(), tmp_path / "own.pt")
     monkeypatch.setattr(data, "load", None)
     flags = "--num-classes 7 --channels 2 --teacher-arch wrn-10-1 --student-arch resnet18 --batch 8 --steps 3"
-    flags += " --memory-width 8" if method == "pre" else " --images 16 --image-steps 2"
+    flags += " --memory-width 8 --student-steps 3" if method == "pre" else " --images 16 --image-steps 2"
     run = small(f"--method {method} --teacher {tmp_path}/own.pt {flags} --precision bf16 --out {tmp_path}/run")
     assert dfkd.main(run) == 0
     result, picture = result_of(tmp_path / "run"), (tmp_path / "run" / "samples.png").read_bytes()
