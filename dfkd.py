@@ -825,7 +825,7 @@ def parser():
 
     add = top.add_argument_group("schedule").add_argument
     add("--schedule", choices=("default", "paper"), default="default", metavar="NAME",
-        help="default: ours, minutes on a CPU; paper: as published")
+        help="default: ours, minutes on a CPU for grey images; paper: as published")
     add("--steps", type=number(int, 1), metavar="N", help="steps of the student, rounded up to whole rounds")
     add("--student-steps", type=number(int, 1), metavar="N", help="student steps for each step of G (dafl, mskd, pre)")
     add("--generator-steps", type=number(int, 1), metavar="N", help="steps of G before the student's first (rdskd)")
