@@ -899,7 +899,7 @@ def test_four_steps_of_the_memory_a_round(watch, method, novel, steps, learned):
 
 
 def test_pre_shows_memory_samples_beside_novel_ones_and_its_memory_learns_half_of_the_novel_ones(watch):
-    _, events = watch(PRE)
+    _, events = watch(f"{PRE} --ours range")  # with augment, S sees them turned
     novel = [e.y for e in events if e.who == "G"]
     assert len({x.numpy().tobytes() for x in novel}) == 14  # G's own batch is not used again
     seen = [e.x[:16] for e in events if e.who == "S"]
@@ -926,7 +926,7 @@ def test_pres_student_minimises_the_distance_of_the_logits(watch):
 
 @pytest.mark.parametrize("method", ["dafl", "mskd"])
 def test_the_first_student_step_sees_the_batch_of_the_generators_step(watch, method):
-    _, events = watch(f"--method {method} --student-steps 2 --steps 4")
+    _, events = watch(f"--method {method} --student-steps 2 --steps 4 --ours range")  # with augment, S sees it turned
     story = ["G", "T", "step of G", "S", "T", "step of S", "G", "S", "T", "step of S"]
     assert [e.who for e in events] == 2 * story and all(e.training for e in events if e.who == "G")
     for turn in (events[:10], events[10:]):
