@@ -1037,7 +1037,7 @@ def test_a_transfer_set_holds_the_labels_that_were_drawn(watch, spy, method, dra
 def test_no_batch_of_images_is_larger_than_the_set(watch, spy):
     made = spy(g, "synthesise")
     record, _ = watch("--method zskd --images 12 --image-batch 64 --image-steps 1 --steps 1")
-    assert len(record.fresh()[0]) == 12 and [len(x) for _, (x, _) in made] == [12, 12]
+    assert len(record.fresh()[0]) == 12 and [len(x) for (_, x, *_), _ in made] == [12, 12]
 
 
 def test_noise_is_gaussian():
@@ -2203,12 +2203,12 @@ def test_how_a_teacher_is_trained(made_data_sets, tmp_path, spy, name, arch):
     half = tmp_path / "half"
     models.train(arch, real, info, 2, 0, "fp32", half, lambda *line: None)
     _, optimiser, cycle = torch.load(half, weights_only=True)["parts"]
-    assert [len(x) for _, x in crops] == 4 * [128] * info.mirror  # two epochs of two steps
+    assert [len(x) for (x,), _ in crops] == 4 * [128] * info.mirror  # two epochs of two steps
     assert (cycle["last_epoch"], cycle["total_steps"]) == (4, 4)
     assert optimiser["param_groups"][0].get("nesterov", False) == (arch != "lenet5")
     draw = dfkd.real_images(real, info, dfkd.parse("--method kd --device cpu --batch 7".split()))
     crops.clear()
-    assert draw().shape == (7, info.channels, 32, 32) and [len(x) for _, x in crops] == [7] * info.mirror
+    assert draw().shape == (7, info.channels, 32, 32) and [len(x) for (x,), _ in crops] == [7] * info.mirror
 
 
 def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyphs_are_drawn_once):
