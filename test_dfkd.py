@@ -1905,7 +1905,7 @@ def made_data_sets(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, least, arch", [
-    ("fashion-mnist", 50, "lenet5"), ("svhn", 30, "wrn-10-1"), ("cifar100", 4, "wrn-10-1"),
+    ("fashion-mnist", 50, "lenet5"), ("svhn", 30, "lenet5"), ("cifar100", 4, "wrn-10-1"),
 ])  # fmt: skip
 def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, monkeypatch, capsys, name, least, arch):
     flags = f"--dataset {name} --data-dir {made_data_sets} --teacher-arch {arch} --student-arch {arch}"
@@ -1986,8 +1986,9 @@ def test_means_of_the_losses_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("method, least", [
-    ("rdskd --generator-steps 80", 30), (f"pre {VAE} --student-steps 5", 25), ("mskd --student-steps 5", 25),
-    ("soft-target", 25), ("zskd", 25), ("deepinversion", 25), ("kd", 80), ("noise --steps 300", 11),
+    ("rdskd --generator-steps 80", 30), (f"pre {VAE} --student-steps 5 --steps 100", 25),
+    ("mskd --student-steps 5", 25), ("soft-target", 25), ("zskd", 25), ("deepinversion", 25), ("kd", 80),
+    ("noise --steps 300", 11),
 ])  # fmt: skip
 def test_students_learn(command, tmp_path, method, least, capsys):
     shape = "--batch 64 --student-lr 5e-3 --steps 150 --eval-every 150"
@@ -2020,7 +2021,8 @@ def test_without_evaluation_no_data_set_is_touched(blind, command, teacher_file,
 def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
     torch.save(models.build("wrn-10-1", 7, 2).state_dict(), tmp_path / "own.pt")
     monkeypatch.setattr(data, "load", None)
-    flags = "--num-classes 7 --channels 2 --teacher-arch wrn-10-1 --student-arch resnet18 --batch 8 --steps 3"
+    flags = "--num-classes 7 --channels 2 --teacher-arch wrn-10-1 --batch 8 --steps 3"
+    flags += " --student-arch " + ("wrn-16-1" if method == "pre" else "resnet18")  # which is slow in bfloat16
     flags += " --memory-width 8 --student-steps 3" if method == "pre" else " --images 16 --image-steps 2"
     run = small(f"--method {method} --teacher {tmp_path}/own.pt {flags} --precision bf16 --out {tmp_path}/run")
     assert dfkd.main(run) == 0
@@ -2028,7 +2030,7 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch, method):
     assert picture[24:26] == bytes([8, 0])  # of two channels, the first in grey
     assert result["dataset"] == "own" and result["accuracy_last"] is None
     student = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
-    assert student["classifier.bias"].shape == (7,) and student["stem.0.weight"].shape[1] == 2
+    assert student["classifier.bias"].shape == (7,) and next(iter(student.values())).shape[1] == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -2145,7 +2147,7 @@ def test_a_stopped_run_keeps_its_evaluations(command, tmp_path):
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on(blind, whole, teacher_file, tmp_path, kind):
-    flags = "--steps 250 --eval-every 10 --generator-steps 1"
+    flags = "--steps 120 --eval-every 10 --generator-steps 1"
     arguments = small(f"--teacher {teacher_file} --no-eval --out {tmp_path} {flags}")
     with subprocess.Popen([sys.executable, HERE / "dfkd.py", *arguments], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as run:  # fmt: skip
@@ -2310,8 +2312,8 @@ def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monke
     ("", "diversity_seeking_loss", "(L_ds|L_G) became nan at generator"),
     (VAE, "vae_loss", "L_vae became nan at generator"),
     ("", "distillation_loss", "L_kd became nan at student"),
-    ("--method pre --student-steps 2", "logit_distance_loss", "L_kd became nan at student"),
-    ("--method pre --student-steps 2", "js_disagreement_loss", "(L_G|L_js) became nan at student"),
+    (f"--method pre --student-steps 2 {VAE}", "logit_distance_loss", "L_kd became nan at student"),
+    (f"--method pre --student-steps 2 {VAE}", "js_disagreement_loss", "(L_G|L_js) became nan at student"),
     ("--method dafl --student-steps 2", "activation_loss", "(L_G|L_a) became nan at student"),
     (f"--method dafl --student-steps 2 {VAE}", "vae_loss", "(L_vae|L_kd) became nan at student"),
     ("--method zskd", "soft_target_loss", "L_x became nan at images"),
@@ -2961,7 +2963,7 @@ def own(tmp_path_factory, glyphs_are_drawn_once):
 
 
 @pytest.mark.parametrize("name, method, least", [
-    ("CNN", "rdskd --generator-steps 60 --width 16", 40), ("CNN", f"pre --student-steps 5 {VAE}", 20),
+    ("CNN", "rdskd --generator-steps 60 --width 16", 40), ("CNN", f"pre --student-steps 5 --steps 60 {VAE}", 20),
     ("thin", "soft-target --images 48 --image-batch 48 --image-steps 15 --steps 20 --eval-every 20", 0),
 ])  # fmt: skip
 def test_networks_of_ones_own_are_distilled(own, tmp_path, name, method, least, capsys):
