@@ -1071,8 +1071,7 @@ def fill_schedule(args, error):
 # ---------------------------------------------------------------- one whole run
 
 # Flags that may differ when a run goes on: they change no number.
-ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "export")
-ELSEWHERE += ("plot", "over", "pictures", "lines", "table")
+ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "export", "plot", "over", "pictures", "table")
 
 
 def distil(args):

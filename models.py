@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         `layer` is "logits", the last layer, or "fc2", the last but one, for networks that have such a layer.
         """
         if layer != "logits":
-            raise ValueError(f"{type(self).__name__} has no layer '{layer}' that could be modelled, only 'logits'")
+            raise ValueError(f"{type(self).__name__} has no layer '{layer}'")
         return self.classifier, nn.Identity()
 
 
@@ -431,7 +431,7 @@ def sample(name, info):
     """
     if ":" in name:
         return build(name, info.classes, info.channels, info.size)
-    with torch.device("meta"):  # it takes no time and no memory
+    with torch.device("meta"):  # no memory, however large the network
         net = build(name, info.classes or 10, info.channels).eval()
         net.classes = net.classifier.out_features
         try:
@@ -445,7 +445,7 @@ def exported(net, info):
     """The network as the bytes of a .pt2 file that takes batches of any size; torch.export.load reads it."""
     x, buffer = torch.zeros(2, info.channels, info.size, info.size), io.BytesIO()
     try:
-        net = copy.deepcopy(getattr(net, "net", net)).cpu()
+        net = copy.deepcopy(getattr(net, "net", net)).cpu().to(memory_format=torch.contiguous_format)
         net.eval()  # it returns nothing in some networks
         net.bf16 = False
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -472,10 +472,11 @@ def sgd(net, lr, nesterov=False):
     return torch.optim.SGD(trained_weights(net), lr, momentum=0.9, weight_decay=5e-4, nesterov=nesterov)
 
 
-def student_optimiser(student, kind, lr, decay, steps, every=1, drops=()):
+def student_optimiser(student, kind, lr, decay, steps, every, drops):
     """Adam or SGD for S, and its rate over the steps: constant, a half cosine down to 0, one cycle, or in drops.
 
-    kind "adam" or "sgd"; decay "none", "cosine" (it moves once in `every` steps), "cycle" or "drops" (to a tenth each).
+    kind "adam" or "sgd"; decay "none", "cosine" (it moves once in `every` steps), "cycle" or "drops" (each to a tenth,
+    after so many steps).
 
     The cycle warms up, which matters for networks without BatchNorm: at RDSKD's default rate of 0.01, two fifths of the
     units of LeNet-5-half's last convolution die without it, one fifth with it. torch's cycle moves the momentum (Adam:
