@@ -663,7 +663,7 @@ def set_up_torch(threads):
     keep_freed_memory()
     call_mkl()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler: 1.4 seconds
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:

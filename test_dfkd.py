@@ -801,7 +801,7 @@ class Event(NamedTuple):
 def watch(monkeypatch, tmp_path):
     """watch(flags) runs a loop on small networks -> its record, and all that happened in order."""
 
-    def run(flags, teacher=None, rounds=None):
+    def run(flags, teacher=None, rounds=None, info=GLYPHS):
         events, record = [], Recorder(tmp_path, rounds)
 
         def watched(who, net):
@@ -840,7 +840,7 @@ def watch(monkeypatch, tmp_path):
             patch.setattr(dfkd, "image_generator", build_generator)
             patch.setattr(dfkd, "replay_memory", build_memory)
             patch.setattr(dfkd, "minimise", minimise)
-            dfkd.LOOPS[args.method](watched("T", teacher), watched("S", student), GLYPHS, args, record)
+            dfkd.LOOPS[args.method](watched("T", teacher), watched("S", student), info, args, record)
         return record, events
 
     return run
@@ -1017,12 +1017,13 @@ def test_zskd_has_both_betas_for_every_class(watch, spy):
     assert all(sorted(beta[classes == k].tolist()) == pytest.approx([0.1, 0.1, 1, 1]) for k in range(10))
 
 
-def test_what_a_student_sees_of_a_transfer_set(watch, spy):
-    calls = spy(g, "augmented")
-    _, events = watch("--method zskd --images 16 --image-steps 1 --steps 6")
+@pytest.mark.parametrize("mirror", [False, True])
+def test_what_a_student_sees_of_a_transfer_set(watch, spy, mirror):
+    calls, info = spy(g, "augmented"), GLYPHS._replace(mirror=mirror)
+    _, events = watch("--method zskd --images 16 --image-steps 1 --steps 12", info=info)
     seen = [e.x for e in events if e.stage == "student" and e.who in "ST"]
-    assert len(calls) == 2 + 6 and all(more == [False] for (_, *more), _ in calls)  # not mirrored, 20 degrees
-    assert all(torch.equal(x, calls[2 + i // 2][1]) for i, x in enumerate(seen)) and len(seen) == 12  # S and T
+    assert len(calls) == 2 + 12 and all(more == [mirror] for (_, *more), _ in calls)  # 20 degrees
+    assert all(torch.equal(x, calls[2 + i // 2][1]) for i, x in enumerate(seen)) and len(seen) == 24  # S and T
     assert len(torch.cat([x for (x, _), _ in calls[2:]]).unique(dim=0)) == 16  # of every file
 
 
@@ -1114,9 +1115,9 @@ def test_each_of_ours_acts_by_itself(begun, name):
     "dafl --replay bank --bank-size 9 --steps 10",
 ])  # fmt: skip
 def test_with_augment_both_networks_see_the_same_augmented_images_where_the_student_learns(watch, monkeypatch, flags):
-    monkeypatch.setattr(g, "augmented", lambda x, mirror, degrees: x + 55 + degrees + torch.randn(()))
+    monkeypatch.setattr(g, "augmented", lambda x, mirror, degrees: x + 55 * mirror + degrees + torch.randn(()))
     for ours, augmented in (("range augment", True), ("range", False)):
-        events = watch(f"--method {flags} --ours {ours}")[1]
+        events = watch(f"--method {flags} --ours {ours}", info=GLYPHS._replace(mirror=True))[1]
         assert any(e.who == "step of G" for e in events)
         ends = [i for i, e in enumerate(events) if e.who == "step of S"]
         assert ends and all(torch.equal(events[i - 2].x, events[i - 1].x) for i in ends)
@@ -1630,6 +1631,25 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, kind):
     assert 1 / 6 < refusals(60, attempt, data.DataError, path.parent) < 1
 
 
+@pytest.mark.parametrize("kind", ["IDX.gz", "CIFAR archive", "MATLAB"])
+def test_files_that_are_not_there_are_downloaded(tmp_path, monkeypatch, kind):
+    (tmp_path / "served").mkdir()
+    name, checksums = laid_out(kind, tmp_path / "served")[0], []
+
+    def download(path, urls, checksum):
+        assert urls and all(re.fullmatch(f"https?://.*/{path.name}", url) for url in urls)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        served = tmp_path / "served" / path.relative_to(tmp_path / "new")
+        path.write_bytes(served.read_bytes() if served.exists() else gzip.compress(served.with_suffix("").read_bytes()))
+        checksums.append(checksum)
+
+    monkeypatch.setattr(data, "download", download)
+    for new, served in zip(data.load(name, tmp_path / "new"), data.load(name, tmp_path / "served")):
+        assert torch.equal(new, served)
+    files = [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    assert len(set(checksums)) == len(files) == {"IDX.gz": 4, "CIFAR archive": 1, "MATLAB": 2}[kind]
+
+
 def test_downloads_are_checked_and_whole(tmp_path, capsys):
     content = idx(np.arange(5, dtype=np.uint8))
     whole = gzip.compress(content)
@@ -1873,6 +1893,12 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert_same(out, tmp_path / "b")
     assert command("c", "--seed 1") == 0
     assert outcome(out)[2] != outcome(tmp_path / "c")[2]
+
+
+def test_a_finished_run_can_still_be_exported(command, tmp_path):
+    assert command("a", "--method noise") == 0
+    assert command("a", f"--method noise --resume --export {tmp_path}/student.pt2") == 0
+    assert (tmp_path / "student.pt2").exists()
 
 
 def test_samples_are_pixels(command, tmp_path, glyphs_are_drawn_once):
@@ -2830,10 +2856,16 @@ def test_the_readmes_own_loop_runs_as_it_stands():
 
 
 def test_the_readme_names_functions_that_exist():
-    names = re.findall(r"`(generators|replay|models|data|dfkd)\.(?!py\b)(\w+)", (HERE / "README.md").read_text())
-    assert len(names) > 10
-    for module, name in names:
-        assert hasattr(sys.modules[module], name), f"{module}.{name}"
+    """`module.name`, and further `name`s after it in the same line."""
+    pattern, found = r"`(?:(generators|replay|models|data|dfkd)\.(?!py\b))?([A-Za-z_]\w+)(?:\.\w+)?`", 0
+    for line in (HERE / "README.md").read_text().splitlines():
+        module = None
+        for named, name in re.findall(pattern, line):
+            module = named or module
+            if module:
+                assert hasattr(sys.modules[module], name), f"{module}.{name}"
+                found += 1
+    assert found > 30
 
 
 # ---------------------------------------------------------------- own networks
