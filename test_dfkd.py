@@ -1942,7 +1942,7 @@ def made_data_sets(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, least, arch", [
-    ("fashion-mnist", 50, "lenet5"), ("svhn", 30, "lenet5"), ("cifar100", 4, "wrn-10-1"),
+    ("fashion-mnist", 50, "lenet5"), ("svhn", 50, "lenet5"), ("cifar100", 4, "wrn-10-1"),
 ])  # fmt: skip
 def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, monkeypatch, capsys, name, least, arch):
     flags = f"--dataset {name} --data-dir {made_data_sets} --teacher-arch {arch} --student-arch {arch}"
@@ -2025,7 +2025,7 @@ def test_means_of_the_losses_are_written(tmp_path):
 @pytest.mark.parametrize("method, least", [
     ("rdskd --generator-steps 80", 30), (f"pre {VAE} --student-steps 5 --steps 100", 25),
     ("mskd --student-steps 5", 25), ("soft-target", 25), ("zskd", 25), ("deepinversion", 25), ("kd", 80),
-    ("noise --steps 300", 11),
+    ("noise --steps 300", 50),
 ])  # fmt: skip
 def test_students_learn(command, tmp_path, method, least, capsys):
     shape = "--batch 64 --student-lr 5e-3 --steps 150 --eval-every 150"
@@ -2033,7 +2033,8 @@ def test_students_learn(command, tmp_path, method, least, capsys):
     shape += " --images 200 --image-batch 100 --image-steps 100" if method in SYNTHESES else ""
     assert command("a", f"{shape} --method {method}") == 0
     result = result_of(tmp_path / "a")
-    assert result["accuracy_last"] > least  # chance is 10
+    noise = "noise" in method  # of which S learns what T says of it, up to 39 % if it always says the same
+    assert result["agreement_fresh" if noise else "accuracy_last"] > least  # chance is 10
     if method in SYNTHESES:
         made = result["transfer_set"]
         assert made["images"] == 200 and made["bytes"] == 200 * 32 * 32 * 2
@@ -2444,6 +2445,15 @@ def test_curves_over_minutes(two_runs, tmp_path):
     assert dfkd.main(flags) == 0
     texts = [e.text for e in ElementTree.parse(tmp_path / "curves.svg").findall("{*}text")]
     assert "minutes" in texts and "1" in texts and "40" not in texts
+
+
+def test_pictures_go_where_they_are_said_to(two_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (two_runs[0] / "samples.png").write_bytes(data.png(torch.rand(8, 1, 4, 4)))
+    for flag, file in (("--pictures", "samples.svg"), ("--plot", "curves.svg")):
+        assert dfkd.main([flag, str(two_runs[0])]) == 0
+        assert [e.text for e in ElementTree.parse(Path("runs") / file).iterfind("{*}text")].count("<a>") == 1
+    assert dfkd.main(["--pictures", str(two_runs[1])]) == 1  # it has none
 
 
 def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys):
