@@ -445,7 +445,7 @@ def exported(net, info):
     """The network as the bytes of a .pt2 file that takes batches of any size; torch.export.load reads it."""
     x, buffer = torch.zeros(2, info.channels, info.size, info.size), io.BytesIO()
     try:
-        net = copy.deepcopy(getattr(net, "net", net)).cpu().to(memory_format=torch.contiguous_format)
+        net = copy.deepcopy(getattr(net, "net", net)).to("cpu", memory_format=torch.contiguous_format)
         net.eval()  # it returns nothing in some networks
         net.bf16 = False
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))

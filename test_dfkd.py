@@ -2033,7 +2033,7 @@ def test_students_learn(command, tmp_path, method, least, capsys):
     shape += " --images 200 --image-batch 100 --image-steps 100" if method in SYNTHESES else ""
     assert command("a", f"{shape} --method {method}") == 0
     result = result_of(tmp_path / "a")
-    noise = "noise" in method  # of which S learns what T says of it, up to 39 % if it always says the same
+    noise = "noise" in method  # S learns T's answers to it; an S that always gives the same has up to 39 % of them
     assert result["agreement_fresh" if noise else "accuracy_last"] > least  # chance is 10
     if method in SYNTHESES:
         made = result["transfer_set"]
