@@ -879,7 +879,7 @@ def parser():
         help="cpu, cuda, or auto: a GPU if there is one")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), metavar="NAME",
         help="bf16, fp32, or auto: bf16 if the processor has it")
-    add("--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU; results depend on it in the last bits")
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU; another number gives other results")
 
     group = top.add_argument_group("finished runs: distil nothing")
     add, add_one = group.add_argument, group.add_mutually_exclusive_group().add_argument
