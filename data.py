@@ -599,6 +599,8 @@ def claimed(out, files, resume):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{out}: another run is at work there; begin elsewhere, with --out DIR") from None
+        except OSError as error:  # a file system without locks
+            raise OSError(error.errno, error.strerror, str(out)) from None
         resumable = (out / "checkpoint.pt").is_file()
         if any((out / name).is_file() for name in files) and not (resume and resumable):
             advice = "--resume goes on with it" if resumable else "it has no checkpoint.pt to go on from"

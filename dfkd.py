@@ -52,7 +52,7 @@ TERMS = ("oh", "ie", "ds")  # of RDSKD's L_G
 # The first three columns are `--schedule default`: ours, minutes on two CPU cores, found on validation images; for
 # `natural` images, those with three channels, a guess for a GPU. The last two are `--schedule paper`: as published.
 # The marks are those of these two columns: [P] text, [C] code, [I] ours, where neither says anything. They hold for
-# MNIST and CIFAR-10 (RDSKD: SVHN, too); that other grey images take MNIST's, others CIFAR-10's, is ours [I].
+# MNIST and CIFAR-10 (RDSKD: SVHN, too); that others with three channels take CIFAR-10's, all else MNIST's, is ours [I].
 # Ours everywhere [I]: --precision, bfloat16 for large networks where it is fast; images drawn with replacement.
 # fmt: off
 COLUMNS = ("glyphs", "mnist", "natural", "paper mnist", "paper natural")
@@ -1210,10 +1210,9 @@ def main(argv=None):
     except (RunError, models.NetworkError, data.DataError) as error:
         problem, code = str(error), 1
     except OSError as error:
-        out = args.out
-        if isinstance(error, BrokenPipeError):
-            out, sys.stdout = None, open(os.devnull, "w")  # else Python tries again at its end, and complains
-        problem, code = f"{error.filename or out or 'standard output'}: {error.strerror or error}", 1
+        if error.filename is None:
+            sys.stdout = open(os.devnull, "w")  # else Python tries again at its end, and complains
+        problem, code = f"{error.filename or 'standard output'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
         texts = ("DefaultCPUAllocator", "size calculation overflowed")
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in texts)

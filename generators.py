@@ -2,7 +2,7 @@
 
 Read it with the papers beside it. Every docstring gives the formula and says where it comes from:
     [P] the paper's text,  [C] the authors' public code,  [I] our reading where neither settles it.
-To use a term elsewhere, copy its function and those that its body names; it needs torch and nothing else.
+To use a term elsewhere, copy its function, those that its body names, and the imports: torch and Python's own.
 
 Notation (one for all papers)
     T, S, G    teacher (frozen, eval mode), student, generator
@@ -287,7 +287,7 @@ def logit_distance_loss(student_logits, teacher_logits):
 def half_distance(v):
     """||v_2 - v_1||, v_1 and v_2 the halves of a batch v (B, ...), Frobenius norm over a whole half -> scalar.
 
-    The last of an odd batch is left out [I].
+    The last of an odd batch is left out [I]; a batch of one gives 0.
     """
     half = len(v) // 2
     return vector_norm(v[half : 2 * half] - v[:half])
@@ -462,7 +462,7 @@ def dirichlet_concentrations(weight):
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)
-    return (cosine - low) / (high - low).clamp_min(1e-12)  # rows that are all alike give 0, not 0/0
+    return (cosine - low) / (high - low).clamp_min(1e-12)  # one class, or rows alike to the bit: 0, not 0/0
 
 
 def dirichlet_targets(weight, classes, beta):
@@ -567,7 +567,7 @@ def smooth_noise(count, channels, image_size=32, device="cpu"):
 def augmented(images, mirror, degrees=20):
     """Images sampled on grids turned by up to `degrees`, scaled by 0.8 to 1.2, shifted by up to 4 pixels in 32.
 
-    images (B, C, H, W) -> the same shape, bilinear; with `mirror`, half of them flipped.
+    images (B, C, H, H), square -> the same shape, bilinear; with `mirror`, half of them flipped.
     ZSKD augments what S sees [C]. Soft-target synthesis does as ZSKD [I]. The ranges are ours [I].
     """
 

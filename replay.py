@@ -102,7 +102,8 @@ def vae_loss(L_rec, mu, log_var):
 def latent_balance_loss(z, logits):
     """L_oh + 5 L_ie + MSE(var(z), 1) + MSE(mean(z), 0): category-balanced inference's objective [P, C].
 
-    z (B, d), logits (B, K) = T(M(z)) -> scalar. L_ie is in log10; the statistics are per dimension over the batch [C].
+    z (B, d), logits (B, K) = T(M(z)), B > 1 -> scalar. L_ie is in log10; the statistics are per dimension over the
+    batch [C].
     """
     var, mean = torch.var_mean(z, 0)
     L_ie = information_entropy_log10(logits)
@@ -140,7 +141,7 @@ class PseudoReplay(nn.Module):
         return sum(v.nbytes for v in self.vae.state_dict().values())
 
     def recall(self, count, teacher):
-        """Memory samples for S, (count, C, H, W), no gradient."""
+        """Memory samples for S, (count, C, H, W), no gradient; count > 1, as in `memory_count`."""
         self.vae.eval()
         return self.draw(count, teacher)[0]
 

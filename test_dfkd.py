@@ -2416,14 +2416,22 @@ def two_runs(tmp_path):
     return [tmp_path / name for name in curves]
 
 
-def test_a_closed_pipe_is_one_line(two_runs):
+def closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("output, words", [
+    (closed_pipe, "Broken pipe"), (lambda: os.open("/dev/full", os.O_WRONLY), "No space left on device"),
+])  # fmt: skip
+def test_an_output_that_takes_nothing_is_one_line(two_runs, output, words):
+    writer = output()
     command = [sys.executable, HERE / "dfkd.py", "--table", *two_runs]
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "dfkd.py: standard output: Broken pipe\n")
+    assert (done.returncode, done.stderr) == (1, f"dfkd.py: standard output: {words}\n")
 
 
 def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
@@ -2805,7 +2813,7 @@ def test_what_is_found_wrong_later_is_one_line(command, tmp_path, flags, words, 
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory: give a smaller"),
     (MemoryError(), "out of memory"), (torch.cuda.OutOfMemoryError("x"), "out of memory"),
     (BrokenPipeError(32, "Broken pipe"), "standard output: Broken pipe"),
-    (OSError(28, "No space left"), "out: No space"),
+    (OSError(28, "No space left"), "standard output: No space"),  # a file's error has its name
 ])  # fmt: skip
 def test_errors_of_a_run_are_one_line(monkeypatch, capsys, tmp_path, error, words):
     def distil(args):
@@ -2814,6 +2822,15 @@ def test_errors_of_a_run_are_one_line(monkeypatch, capsys, tmp_path, error, word
     monkeypatch.setattr(dfkd, "distil", distil)
     assert dfkd.main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 1
     assert words in one_line(capsys.readouterr().err)
+
+
+def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
+    def flock(file, kind):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    with pytest.raises(OSError, match=str(tmp_path)), data.claimed(tmp_path, dfkd.FILES, resume=False):
+        pass
 
 
 def test_a_mistake_of_the_program_is_not_hidden(monkeypatch, tmp_path):
