@@ -27,6 +27,7 @@ import statistics
 import struct
 import subprocess
 import tempfile
+import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -525,7 +526,7 @@ def download(path, urls, checksum):
             write(path, content)
             return
         except (OSError, http.client.HTTPException, ValueError) as error:
-            problems.append(f"{urllib.request.urlparse(url).netloc}: {getattr(error, 'reason', error)}")
+            problems.append(f"{urllib.parse.urlsplit(url).netloc}: {getattr(error, 'reason', error)}")
     raise DataError(f"no {path} and no download ({'; '.join(problems)}); get {path.name} elsewhere and put it into "
                     f"{path.parent}, or name the folder above it with --data-dir")  # fmt: skip
 
@@ -733,8 +734,14 @@ SAMPLES = "run | difference within a class | agreement, fresh images | deviation
 IMAGES = {"diversity": 3, "agreement_fresh": 1, "L_oh deviation": 4, "L_ie deviation": 4}  # and their decimals
 
 
+class Finished(NamedTuple):
+    figures: dict
+    curve: list  # [(step, minutes, accuracy), ...]
+    settings: dict
+
+
 def finished(folder):
-    """A run's figures, curve, [(step, minutes, accuracy), ...], and settings, from its result.json and metrics.csv."""
+    """A finished run, from its result.json and metrics.csv."""
     damaged = DataError(f"{folder}: metrics.csv or result.json is damaged; the run's command with --resume writes them")
     try:
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines(), strict=True))
@@ -762,7 +769,7 @@ def finished(folder):
     sound = all(0 <= a <= 100 and 0 <= step < 2**53 and 0 <= minutes < 2**53 for step, minutes, a in curve)
     if not sound or not all(0 <= figure < 2**53 for figure in figures.values()) or curve[-1][0] != figures["steps"]:
         raise damaged
-    return figures, curve, settings
+    return Finished(figures, curve, settings)
 
 
 def without_seed(folder):
@@ -772,7 +779,8 @@ def without_seed(folder):
 
 def check_seeds(runs):
     """The runs of a row, {folder: settings}, must share what may not differ, and no seed may count twice."""
-    seen, (first, expected) = {}, next(iter(runs.items()))
+    seen = {}
+    first, expected = next(iter(runs.items()))
     for folder, settings in runs.items():
         for key in sorted((expected.keys() | settings.keys()) - MAY_DIFFER):
             if expected.get(key) != settings.get(key):
@@ -794,13 +802,13 @@ def results_table(folders):
         groups.setdefault(without_seed(folder), {})[folder] = finished(folder)
     results, robustness, samples = [], [], []
     for name, group in groups.items():
-        check_seeds({folder: settings for folder, (*_, settings) in group.items()})
+        check_seeds({folder: run.settings for folder, run in group.items()})
         runs = list(group.values())
-        known = set.intersection(*(set(figures) for figures, *_ in runs))
-        mean = {key: statistics.fmean(figures[key] for figures, *_ in runs) for key in known}
-        last = [figures["accuracy_last"] for figures, *_ in runs]
+        known = set.intersection(*(set(run.figures) for run in runs))
+        mean = {key: statistics.fmean(run.figures[key] for run in runs) for key in known}
+        last = [run.figures["accuracy_last"] for run in runs]
         deviation = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
-        halves = [[a for *_, a in curve[len(curve) // 2 :]] for _, curve, _ in runs]
+        halves = [[accuracy for *_, accuracy in run.curve[len(run.curve) // 2 :]] for run in runs]
         results.append([
             name, f"{mean['teacher_accuracy']:.2f}", f"{mean['accuracy_last']:.2f}{deviation}",
             ", ".join(f"{v:.2f}" for v in last), f"{mean['seconds'] / 60:.1f}", f"{mean['stored'] / 1000:.0f}",

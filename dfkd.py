@@ -51,8 +51,8 @@ TERMS = ("oh", "ie", "ds")  # of RDSKD's L_G
 # Every number of a method, one a line, named like its flag. A flag on the command line overrides it.
 # The first three columns are `--schedule default`: ours, minutes on two CPU cores, found on validation images; for
 # `natural` images, those with three channels, a guess for a GPU. The last two are `--schedule paper`: as published.
-# The marks are those of these two columns: [P] text, [C] code, [I] ours, where neither says anything. They hold for
-# MNIST and CIFAR-10 (RDSKD: SVHN, too); that others with three channels take CIFAR-10's, all else MNIST's, is ours [I].
+# The marks are for these two columns: [P] text, [C] code, [I] ours, where neither says anything. They hold for MNIST
+# and CIFAR-10 (RDSKD: SVHN, too). Other data sets with three channels take CIFAR-10's column, all others MNIST's [I].
 # Ours everywhere [I]: --precision, bfloat16 for large networks where it is fast; images drawn with replacement.
 # fmt: off
 COLUMNS = ("glyphs", "mnist", "natural", "paper mnist", "paper natural")
@@ -195,7 +195,7 @@ def rdskd(teacher, student, info, args, run):
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
     reference = torch.zeros(2, device=args.device)  # L_oh', L_ie' [C]
-    penalty = {"exp": torch.exp, "sum": torch.clone}[args.penalty]
+    penalty = {"exp": torch.exp, "sum": lambda increase: increase}[args.penalty]
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory,
              reference=reference)  # fmt: skip
     run.samples = lambda: generators.fixed_images(G)
@@ -205,12 +205,10 @@ def rdskd(teacher, student, info, args, run):
         t = teacher(x)
         L_G = generators.rdskd_loss(x, t, reference, args.terms, penalty)
         minimise(L_G, optimiser_G)
-        with torch.no_grad():
-            L_oh, L_ie = generators.one_hot_loss(t), generators.information_entropy_loss(t)
-            L_ds = generators.diversity_seeking_loss(x, t)
+        L_oh, L_ie = generators.one_hot_loss(t), generators.information_entropy_loss(t)
         if step % EPOCH == 1:  # once an epoch, after its second iteration [C]
-            reference.copy_(torch.stack([L_oh, L_ie]))
-        run.log(L_G=L_G, L_oh=L_oh, L_ie=L_ie, L_ds=L_ds)
+            reference.copy_(torch.stack([L_oh, L_ie]).detach())
+        run.log(L_G=L_G, L_oh=L_oh, L_ie=L_ie, L_ds=generators.diversity_seeking_loss(x, t))
         if memory:
             run.log(**memory.learn(x.detach(), teacher, rehearse=step > 0))
 
@@ -245,7 +243,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     """DAFL's loop [C]: a step of G, then one of S on the very batch that G was trained on.
 
     With more than one step of S for each of G, the further ones see fresh batches [I]. With --replay, S sees memory
-    samples beside each batch, and the memory learns after the first four steps of S, as in PRE-DFKD [I].
+    samples beside each batch, and the memory learns after each of the first four steps of S, as in PRE-DFKD [I].
     """
     B, tau = args.batch, args.temperature
     G, optimiser_G = image_generator(info, args)
@@ -266,7 +264,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
 
         for step in range(args.student_steps):
             novel = x.detach() if step == 0 else generators.fresh_images(G, B)
-            seen = student_batch(novel, memory, teacher, info, args)
+            seen = student_batch(novel, memory, teacher, info, args)  # with B/8 memory samples, where there are any
             L_kd = generators.distillation_loss(student(seen), teacher(seen), tau)
             minimise(L_kd, optimiser_S, decay_S)
             run.log(L_kd=L_kd)
@@ -298,7 +296,7 @@ def pre(teacher, student, info, args, run):
 
         for step in range(args.student_steps):
             novel = generators.fresh_images(G, B)
-            seen = student_batch(novel, memory, teacher, info, args)
+            seen = student_batch(novel, memory, teacher, info, args)  # with B/8 memory samples, where there are any
             L_kd = generators.logit_distance_loss(student(seen), teacher(seen))
             minimise(L_kd, optimiser_S, decay_S)
             run.log(L_kd=L_kd)
@@ -354,18 +352,16 @@ def deepinversion(teacher, student, info, args, run):
 
     def make_images(index):
         y = index % info.classes  # each class as often as any other [C]; in this order [I]
-        with generators.batch_norm_inputs(teacher) as inputs:
 
-            def objective(x):
-                inputs.clear()
-                x = generators.rolled(x)
-                return generators.deepinversion_loss(x, teacher(x), y, inputs, *args.loss_weights)
+        def objective(x):
+            x = generators.rolled(x)
+            t, inputs = generators.batch_norm_inputs(teacher, x)
+            return generators.deepinversion_loss(x, t, y, inputs, *args.loss_weights)
 
-            x, L_x = optimised(objective, len(index), info, args, run)
-            inputs.clear()
-            t = teacher(x)
-            L_ce = torch.nn.functional.cross_entropy(t, y)
-            run.log(L_x=L_x, L_ce=L_ce, L_tv=generators.total_variation(x), L_bn=generators.batch_norm_prior(inputs))
+        x, L_x = optimised(objective, len(index), info, args, run)
+        t, inputs = generators.batch_norm_inputs(teacher, x)
+        L_ce = torch.nn.functional.cross_entropy(t, y)
+        run.log(L_x=L_x, L_ce=L_ce, L_tv=generators.total_variation(x), L_bn=generators.batch_norm_prior(inputs))
         return x, t, torch.nn.functional.one_hot(y, info.classes).float(), y
 
     transfer_set(make_images, teacher, student, info, args, run)
@@ -506,7 +502,8 @@ def minimise(loss, optimiser, decay=None):
 
 def feature_model(teacher, args):
     """What soft-target synthesis models, `auto` decided: a layer's name, the layer, what follows it, its sigma."""
-    layer, sigma = teacher.modelled if args.layer == "auto" else args.layer, args.sigma
+    layer = teacher.modelled if args.layer == "auto" else args.layer
+    sigma = args.sigma
     try:
         linear, rest = teacher.split(layer)
         if sigma == "auto":
@@ -531,13 +528,14 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     ours = args.ours
     mean, std = data.mean_and_std(info, args.device)
     bounds = image_bounds(info, args)
-    shape, constrain = (count, info.channels, info.size, info.size), None
+    shape = (count, info.channels, info.size, info.size)
     if "smooth" in ours:
         x = generators.smooth_noise(count, info.channels, info.size, args.device)
     elif in_pixels:
         x = (torch.rand(shape, device=args.device) - mean) / std
     else:
         x = torch.randn(shape, device=args.device)
+    constrain = None
     if bounds:
         constrain = functools.partial(torch.clamp, min=bounds[0], max=bounds[1])
     elif in_pixels:
@@ -609,7 +607,7 @@ class Run:
         if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
             raise RunError(f"{self.out}: began with another teacher; give the same to resume")
         if self.saved and self.done.get("student") == self.args.steps:  # the record names what computed the numbers
-            self.commit, self.torch = self.saved["commit"], self.saved.get("torch", self.torch)
+            self.commit, self.torch = self.saved["commit"], self.saved["torch"]
         elif self.saved and self.saved["commit"] != self.commit:
             print(f"{self.out}: began with commit {self.saved['commit']} of this program, goes on with {self.commit}")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
@@ -739,7 +737,8 @@ class Run:
 
 def sound_checkpoint(saved):
     """Whether this has the form of a checkpoint; what its parts hold is seen when they are loaded."""
-    fields = dict(settings=dict, done=dict, rows=list, seconds=float, commit=(str, type(None)), parts=dict, random=dict)
+    fields = dict(settings=dict, done=dict, rows=list, seconds=float, commit=(str, type(None)), torch=str, parts=dict,
+                  random=dict)  # fmt: skip
     if not isinstance(saved, dict) or not fields.keys() <= saved.keys():
         return False
     settings, rows, plain = saved["settings"], saved["rows"], (str, int, float, tuple, list, type(None))
@@ -831,7 +830,7 @@ def parser():
     add("--generator-steps", type=number(int, 1), metavar="N", help="steps of G before the student's first (rdskd)")
     add("--batch", type=number(int, 2), metavar="N", help="images per step")
     add("--latent", type=number(int, 1), metavar="D", help="dimension of the generator's latents z")
-    add("--width", type=number(int, 2), metavar="N", help="channels of G's first convolution, twice the next")
+    add("--width", type=number(int, 2), metavar="N", help="channels of G's first convolution; the next has half")
     add("--generator-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the generator")
     add("--student-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the student")
     add("--student-optimiser", choices=("adam", "sgd"), metavar="NAME",
@@ -940,7 +939,8 @@ def name_data(args, error):
         if args.no_eval and args.test:
             error("--no-eval measures nothing, --test FILE does: give one of them")
         args.dataset, args.no_eval = "own", not args.test
-        args.channels, args.image_size = args.channels or (len(args.mean) if args.mean else 3), args.image_size or 32
+        args.channels = args.channels or (len(args.mean) if args.mean else 3)
+        args.image_size = args.image_size or 32
         args.mean, args.std = args.mean or (0.5,) * args.channels, args.std or (0.25,) * args.channels
         if args.image_size % 4:
             error(f"--image-size {args.image_size} is no multiple of 4")
@@ -1056,10 +1056,11 @@ def fill_schedule(args, error):
     usual = len(numbers.get("loss_weights", ()))
     if args.loss_weights and len(args.loss_weights) != usual:
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
-    without = {"soft-target": set(), "zskd": {"scale"}, "deepinversion": {"scale"}}  # what each lacks of OURS
-    foreign = sorted({*(args.ours or ())} & without.get(args.method, {*OURS} - {"range", "augment"}))
-    if foreign:
-        error(f"--ours {foreign[0]} means nothing to --method {args.method}")
+    of_images = tuple(name for name in OURS if name != "scale")
+    known = {"soft-target": OURS, "zskd": of_images, "deepinversion": of_images}.get(args.method, ("range", "augment"))
+    for name in args.ours or ():
+        if name not in known:
+            error(f"--ours {name} means nothing to --method {args.method}")
     for key, names in (("ours", OURS), ("terms", TERMS)):  # in any order, and the same run
         if getattr(args, key):
             setattr(args, key, tuple(name for name in names if name in getattr(args, key)))
@@ -1182,9 +1183,12 @@ def drawn_runs(args):
     if args.pictures:
         samples = [(data.without_seed(run), Path(run) / "samples.png") for run in args.pictures]
         return data.svg_samples(samples)
-    axis, x_label = (1, "minutes") if args.over == "minutes" else (0, "student step")
-    curves = [(data.without_seed(run), data.finished(Path(run))[1]) for run in args.plot]
-    return data.svg_curves([(name, [(point[axis], point[2]) for point in curve]) for name, curve in curves], x_label)
+    over_minutes, curves = args.over == "minutes", []
+    for run in args.plot:
+        curve = data.finished(Path(run)).curve
+        points = [(minutes if over_minutes else step, accuracy) for step, minutes, accuracy in curve]
+        curves.append((data.without_seed(run), points))
+    return data.svg_curves(curves, "minutes" if over_minutes else "student step")
 
 
 def main(argv=None):

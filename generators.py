@@ -24,7 +24,6 @@ References
     Distillation   Hinton, Vinyals, Dean 2015            https://arxiv.org/abs/1503.02531
 """
 
-import contextlib
 import copy
 import math
 
@@ -247,7 +246,7 @@ def information_entropy_loss(logits):
 
 
 def information_entropy_log10(logits):
-    """L_ie with the decimal logarithm: DAFL, PRE-DFKD [C] and, with DAFL's class terms, MSKD.
+    """L_ie with the decimal logarithm: DAFL, PRE-DFKD [C] and, with DAFL's class terms, MSKD [I].
 
     logits (B, K) -> scalar in [-log10 K, 0].
     """
@@ -308,11 +307,11 @@ def rdskd_loss(images, logits, reference, terms=("oh", "ie", "ds"), penalty=torc
     """L_G = exp(L_oh - L_oh') + exp(L_ie - L_ie') + L_ds: RDSKD's generator objective, which has no weights to tune.
 
     images (B, C, H, W), logits (B, K), reference = (L_oh', L_ie') -> scalar. The reference values are constants, seen
-    earlier in training (a gradient in them would cancel that of L_oh, L_ie): an increase over them costs exponentially,
-    a decrease earns little [P]. The form is [C]. The loop, `dfkd.rdskd`, renews them. For comparison only [I]: `terms`
-    may leave terms out, and another `penalty` may stand in the place of exp; the identity gives the plain sum.
+    earlier in training (a gradient in them would cancel that of L_oh, L_ie): an increase over them costs exponentially
+    [P], so that a decrease earns little. The form is [C]. The loop, `dfkd.rdskd`, renews them. For comparison only [I]:
+    `terms` may leave terms out, and another `penalty` may stand in the place of exp; the identity gives the plain sum.
     """
-    L_G = torch.zeros_like(logits[0, 0])
+    L_G = logits.new_zeros(())
     if "oh" in terms:
         L_G = L_G + penalty(one_hot_loss(logits) - reference[0])
     if "ie" in terms:
@@ -330,7 +329,7 @@ def diversity_within_classes(images, logits):
     The class is the teacher's, argmax_k t; every image counts alike, an only one as 0. The mean square over pairs is
     twice the variance.
     """
-    classes, squared = logits.argmax(1), torch.zeros_like(images[0, 0, 0, 0])
+    classes, squared = logits.argmax(1), images.new_zeros(())
     for k in classes.unique():
         members = images[classes == k].flatten(1)
         if len(members) > 1:
@@ -407,7 +406,7 @@ def feature_distribution(weight, sigma):
     """
     R = weight_correlation(weight)
     covariance = sigma**2 * (R + 1e-4 * torch.eye(len(R), device=R.device))
-    return MultivariateNormal(torch.zeros_like(R[0]), scale_tril=torch.linalg.cholesky(covariance))
+    return MultivariateNormal(R.new_zeros(len(R)), scale_tril=torch.linalg.cholesky(covariance))
 
 
 @torch.no_grad()
@@ -415,9 +414,9 @@ def feature_scale(weight, rest, L_oh, count=4000):
     """The sigma at which the teacher's L_oh on sampled features h is `L_oh`, found by bisection [I].
 
     weight (D, M) of the layer, rest: h (B, D) -> logits (B, K), L_oh in nats -> float.
-    Why: sigma has the unit of this teacher's features, and only data would tell their size. But a trained teacher is
-    sure of the data that it was trained on, and how sure it is has no unit. L_oh falls as sigma grows. The samples are
-    always the same ones.
+    Why: sigma has the unit of this teacher's features, and only data would tell how large they are. But a trained
+    teacher is sure of the data that it was trained on, whatever that unit is. L_oh falls as sigma grows. The samples
+    are always the same ones.
     """
     generator = torch.Generator().manual_seed(0)
     unit = feature_distribution(weight, 1.0)
@@ -511,17 +510,13 @@ def batch_norm_loss(inputs, running_mean, running_var):
     return vector_norm(mean - running_mean) + vector_norm(var - running_var)
 
 
-@contextlib.contextmanager
-def batch_norm_inputs(net):
-    """Within the block: a list to which each forward pass of `net` adds (layer, input) of its BatchNorm2d layers.
-
-    The caller empties it between passes. The hooks are gone after the block, however it ends.
-    """
+def batch_norm_inputs(net, x):
+    """net(x), and [(layer, input), ...] of the BatchNorm2d layers on its way. No hook stays, after an error either."""
     inputs = []
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     hooks = [m.register_forward_pre_hook(lambda m, x: inputs.append((m, x[0]))) for m in layers]
     try:
-        yield inputs
+        return net(x), inputs
     finally:
         for hook in hooks:
             hook.remove()
@@ -597,7 +592,8 @@ def synthesise(objective, images, steps, lr, constrain=None, settle=0.0, factor=
     its size beside Adam's eps does not depend on the batch, over which an objective is a mean. `report(step, value)` is
     called every 50 steps.
 
-    Soft-target synthesis of the logits, for a teacher whose last layer is `last` and pixels from `low` to `high`:
+    Soft-target synthesis of the logits without lambda_a L_a and with our additions [I] (400 = tau^2, `augmented`,
+    `smooth_noise`, `factor`), for a teacher whose last layer is `last` and pixels from `low` to `high`:
         rest = torch.nn.Identity()
         y = soft_labels(last.weight, rest, feature_scale(last.weight, rest, 0.2), 20, 500)
         x, _ = synthesise(lambda x: 400 * soft_target_loss(teacher(augmented(x, mirror=False)), y, 20),

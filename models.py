@@ -237,8 +237,9 @@ class WRN(Classifier):
 class Own(Classifier):
     """Any network that maps images (B, C, H, W) to logits (B, K), with what the methods ask of a Classifier.
 
-    Its features are what its last nn.Linear reads. Which one that is, and K, are seen in a forward pass on a batch of
-    noise. The state dict is that of the network itself: files fit the user's class. Everything stays float32.
+    Its features are what the nn.Linear that is called last reads. Which one that is, and K, are seen in a forward pass
+    on a batch of noise. The state dict is that of the network itself: files fit the user's class. Everything stays
+    float32.
     """
 
     def __init__(self, name, net, channels, size):
@@ -257,7 +258,8 @@ class Own(Classifier):
         for hook in hooks:
             hook.remove()
         self.probe(3)  # it takes batches of any size
-        self.classes, (self.last, y) = logits.shape[1], called[-1] if called else (None, None)
+        self.classes = logits.shape[1]
+        self.last, y = called[-1] if called else (None, None)
         self.ends_there = y is not None and torch.equal(y, logits)
         self.train()
 
@@ -308,8 +310,10 @@ class Own(Classifier):
     def forward(self, x, return_features=False):
         # NCHW, because many networks call view(B, -1); a copy, because some change their input in place
         x = x.clone(memory_format=torch.contiguous_format)
-        if not return_features or self.last is None:
-            return (self.net(x), None) if return_features else self.net(x)
+        if not return_features:
+            return self.net(x)
+        if self.last is None:
+            return self.net(x), None
         read = []
 
         def note(layer, inputs, named):
@@ -671,9 +675,10 @@ def set_up_torch(threads):
 
 
 def keep_freed_memory():
-    """glibc gives large tensors back to the system, which clears their pages anew at every step: a fifth of the time.
+    """Let the process keep the memory that it frees, and use it again.
 
-    After this the process keeps what it frees and uses it again. Other C libraries have no such switch.
+    By itself, glibc gives large tensors back to the system, which must clear new pages at every step. That takes a
+    fifth of the time. Other C libraries have no such switch.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -694,7 +699,7 @@ def call_mkl():
         function(torch.ones(16))
 
 
-def cores_in_use(seconds=0.2):
+def cores_in_use():
     """How many cores other processes use just now, measured while this one sleeps; 0 where the system does not say.
 
     os.getloadavg would be shorter, but for a minute it counts what this user ran before.
@@ -705,10 +710,10 @@ def cores_in_use(seconds=0.2):
         return ticks[3] + ticks[4], sum(ticks)
 
     try:
+        idle_before, all_before = idle_and_all()
+        time.sleep(0.2)
         idle, total = idle_and_all()
-        time.sleep(seconds)
-        idle, total = (now - before for now, before in zip(idle_and_all(), (idle, total)))
-        return os.cpu_count() * (1 - idle / total)
+        return os.cpu_count() * (1 - (idle - idle_before) / (total - all_before))
     except (OSError, ValueError, IndexError, ZeroDivisionError):
         return 0
 

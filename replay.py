@@ -110,16 +110,17 @@ def latent_balance_loss(z, logits):
     return one_hot_loss(logits) + 5 * L_ie + ((var - 1) ** 2).mean() + (mean**2).mean()
 
 
-def balanced_latents(z, decoder, teacher, lr, train_decoder=False):
+def balanced_latents(z, decoder, teacher, lr, gradient_in_decoder=False):
     """Category-balanced inference of memory samples: z takes one Adam step on `latent_balance_loss` [P, C].
 
-    z (B, d) ~ N(0, I) -> z (B, d) and the loss, both without gradient. `train_decoder` leaves the gradient of the loss,
-    at the z that came in, in the decoder's weights too: the authors' code does not clear it before the VAE's step [C].
+    z (B, d) ~ N(0, I) -> z (B, d) and the loss, both without gradient. `gradient_in_decoder` leaves the gradient of the
+    loss, at the z that came in, in the decoder's weights too: the authors' code does not clear it before the VAE's
+    step [C].
     """
     z = z.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([z], lr)
     loss = latent_balance_loss(z, teacher(decoder(z)))
-    loss.backward(inputs=[z, *decoder.parameters()] if train_decoder else [z])
+    loss.backward(inputs=[z, *decoder.parameters()] if gradient_in_decoder else [z])
     optimiser.step()
     return z.detach(), loss.detach()
 
@@ -145,12 +146,12 @@ class PseudoReplay(nn.Module):
         self.vae.eval()
         return self.draw(count, teacher)[0]
 
-    def draw(self, count, teacher, train_decoder=False):
+    def draw(self, count, teacher, gradient_in_decoder=False):
         """x_mem = M(z), z ~ N(0, I) after category-balanced inference, in M's mode [P, C] -> x_mem, the loss of z."""
         decoder, L_balance = self.vae.decoder, None
         z = latents(decoder, count)
         if self.balanced:
-            z, L_balance = balanced_latents(z, decoder, teacher, self.latent_lr, train_decoder)
+            z, L_balance = balanced_latents(z, decoder, teacher, self.latent_lr, gradient_in_decoder)
         with torch.no_grad():
             return decoder(z), L_balance
 
@@ -164,7 +165,7 @@ class PseudoReplay(nn.Module):
         self.optimiser.zero_grad()
         x, L_balance = novel[: (len(novel) + 1) // 2], None
         if rehearse:
-            x_mem, L_balance = self.draw(memory_count(novel), teacher, train_decoder=True)
+            x_mem, L_balance = self.draw(memory_count(novel), teacher, gradient_in_decoder=True)
             x = torch.cat([x, x_mem])
         x_hat, mu, log_var = self.vae(x)
         if self.teacher_term:

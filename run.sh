@@ -18,39 +18,39 @@ cd "$(dirname "$0")"
 
 fail() { echo "run.sh: $1" >&2; exit "${2:-1}"; }
 
-# Whether interpreter $1 can import numpy, a recent torch and the further modules $2.
+# Whether interpreter $1 can import numpy, a recent torch and, where it is named, module $2.
 has() {
-    "$1" -c "import numpy, torch, $2; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null
+    "$1" -c "import numpy, torch${2:+, $2}; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null
 }
 
 # Install into .venv. torch's default build for Linux carries 5 GB of CUDA libraries: without an NVIDIA GPU, the CPU
-# build is tried first, and with --no-index, lest an index that pip is configured with serve the default build after
-# all. The last line installs what is still missing and is the fallback as well.
+# build is tried first; with --no-index, because an index of pip's own configuration might serve the default build all
+# the same. The last line installs what is still missing; it is the fallback, too.
 fetch() {
     local pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
-    if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && ! has .venv/bin/python sys; then
+    if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && ! has .venv/bin/python; then
         "${pip[@]}" --no-deps --retries 1 --no-index --find-links https://download.pytorch.org/whl/cpu/torch/ \
             "torch>=2.6" 2>/dev/null || true
     fi
     "${pip[@]}" "torch>=2.6" numpy "$@"
 }
 
-# Set `python` to an interpreter that has what the job needs: module $1 beside torch and numpy.
+# Set `python` to an interpreter that has what the job needs: torch, numpy and, where it is named, package $1.
 set_up() {
     local base=${PYTHON:-python3}
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         fail "'$base' is not Python 3.10 or later; install one, or name it: PYTHON=/path/to/python3 ./run.sh"
     python=$base
-    has "$python" "$1" && return
+    has "$python" "$@" && return
     python=.venv/bin/python
-    has "$python" "$1" && return
-    echo "setting up .venv, once: torch, numpy${2:+, $2} (a few minutes)"
+    has "$python" "$@" && return
+    echo "setting up .venv, once: torch, numpy${1:+, $1} (a few minutes)"
     local site=()
-    has "$base" sys && site=(--system-site-packages)
+    has "$base" && site=(--system-site-packages)
     "$base" -m venv --clear ${site[@]+"${site[@]}"} .venv ||
         fail "cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
-    fetch ${2:+"$2"} || fail "pip could not install what is needed; run again when the network is back"
-    has "$python" "$1" || fail "torch does not work in .venv; remove .venv and run again"
+    fetch "$@" || fail "pip could not install what is needed; run again when the network is back"
+    has "$python" "$@" || fail "torch does not work in .venv; remove .venv and run again"
 }
 
 # Make one run of a table: its name without the seed, then flags. A stopped one goes on, a finished one is left alone,
@@ -177,11 +177,11 @@ over_settings() {
 case "${1:-}" in
     test)
         shift
-        set_up pytest pytest
+        set_up pytest
         exec "$python" -m pytest -q -p no:cacheprovider test_dfkd.py "$@"
         ;;
     bench)
-        set_up pytest pytest
+        set_up pytest
         exec "$python" test_dfkd.py
         ;;
     table | claims)
@@ -190,14 +190,14 @@ case "${1:-}" in
             "claims mnist" | "claims glyphs") seeds="0 1 2" ;;
             *) fail "./run.sh table needs glyphs, mnist or cifar10; ./run.sh claims needs glyphs or mnist" 2 ;;
         esac
-        set_up sys
+        set_up
         for seed in ${SEEDS:-$seeds}; do "$1"; done
         figures=$("$python" dfkd.py --table "${rows[@]}")
         echo "$figures"
         over_settings <<<"$figures"
         ;;
     "" | -*)
-        set_up sys
+        set_up
         exec "$python" dfkd.py --method rdskd "$@"
         ;;
     *) fail "unknown job '$1'; the jobs are test, bench, table, claims, or none for the main job" 2 ;;

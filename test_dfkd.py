@@ -323,9 +323,10 @@ def test_smooth_noise_is_weak_and_smooth():
 def test_batch_norm_hooks_leave_nothing_behind():
     net, x = models.build("wrn-16-1").eval(), torch.randn(8, 1, 32, 32)
     before = net(x)
-    with pytest.raises(ZeroDivisionError), g.batch_norm_inputs(net) as collected:
-        assert torch.equal(net(x), before)
-        1 / 0
+    logits, collected = g.batch_norm_inputs(net, x)
+    assert torch.equal(logits, before)
+    with pytest.raises(RuntimeError):
+        g.batch_norm_inputs(net, x[:, :0])
     assert [layer for layer, _ in collected] == [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert g.batch_norm_prior([(net.bn, torch.randn(2, 64, 3, 3, dtype=torch.double))]).dtype == torch.double
     assert not any(m._forward_pre_hooks for m in net.modules())
@@ -338,10 +339,8 @@ def test_the_batch_norm_term_is_zero_for_the_statistics_that_a_network_has_seen(
             m.momentum = 1.0
     net(x)
     net.eval()
-    with g.batch_norm_inputs(net) as seen:
-        logits = net(x)
-    with g.batch_norm_inputs(net) as unseen:
-        net(2 * x + 1)
+    logits, seen = g.batch_norm_inputs(net, x)
+    _, unseen = g.batch_norm_inputs(net, 2 * x + 1)
     y = torch.zeros(8, dtype=torch.long)
 
     def loss(collected, a_f):
@@ -2448,7 +2447,7 @@ def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, capsys):
 
 
 def test_curves_over_minutes(two_runs, tmp_path):
-    assert data.finished(two_runs[0])[1][-1] == (40, 80 / 60, 100.0)
+    assert data.finished(two_runs[0]).curve[-1] == (40, 80 / 60, 100.0)
     flags = ["--plot", *map(str, two_runs), "--out", str(tmp_path / "curves.svg"), "--over", "minutes"]
     assert dfkd.main(flags) == 0
     texts = [e.text for e in ElementTree.parse(tmp_path / "curves.svg").findall("{*}text")]
@@ -2493,7 +2492,7 @@ def test_damaged_results_are_drawn_or_refused(two_runs):
         for i, (path, content) in enumerate(zip(files, contents)):
             path.write_bytes(garbled(content, rng) if i == damaged else content)
         table = data.results_table(two_runs)
-        curves = [(path.name, data.finished(path)[1]) for path in two_runs]
+        curves = [(path.name, data.finished(path).curve) for path in two_runs]
         picture = data.svg_curves([(name, [(m, a) for _, m, a in curve]) for name, curve in curves]).decode()
         assert not re.search(r"\bnan\b|\binf\b", table + picture)
         ElementTree.fromstring(picture)
