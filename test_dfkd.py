@@ -200,6 +200,8 @@ def test_weight_similarities():
     R = g.weight_correlation(torch.randn(12, 5))
     assert torch.equal(R, R.T) and torch.equal(R.diagonal(), torch.ones(12))
     assert torch.linalg.eigvalsh(R.double()).min() > -1e-6
+    assert not g.dirichlet_concentrations(weight[[0, 0, 1]]).any()  # all classes alike: 0, not 0/0
+    assert g.rescaled(torch.ones(2, 1, 4, 4), 0.5, 0.25).isfinite().all()
 
 
 def test_vae_losses_equal_their_formulas():
@@ -256,6 +258,8 @@ def test_sigma_makes_the_teacher_as_sure_as_asked():
     before = g.feature_scale(weight, rest, L_oh=0.3)
     last.weight.mul_(2)
     assert g.feature_scale(weight, rest, L_oh=0.3) == pytest.approx(before / 2, rel=1e-4)  # the unit cancels
+    with pytest.raises(ValueError, match="no sigma"):
+        g.feature_scale(weight, lambda h: 0 * h, L_oh=0.3)  # never sure
 
 
 def test_dirichlet_targets():
@@ -329,6 +333,8 @@ def test_batch_norm_hooks_leave_nothing_behind():
         g.batch_norm_inputs(net, x[:, :0])
     assert [layer for layer, _ in collected] == [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert g.batch_norm_prior([(net.bn, torch.randn(2, 64, 3, 3, dtype=torch.double))]).dtype == torch.double
+    h = torch.randn(2, 64, 3, 3).bfloat16()
+    assert g.batch_norm_prior([(net.bn, h)]) == g.batch_norm_prior([(net.bn, h.float())])
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
@@ -464,6 +470,8 @@ def test_generator_makes_normalised_images(channels):
 def test_generator_parameters_and_spectral_norm():
     count = sum(p.numel() for p in g.Generator(100, 1).parameters())
     assert count == 101 * 8192 + 2 * 128 + 128 * 1152 + 2 * 128 + 64 * 1152 + 2 * 64 + 577
+    with pytest.raises(ValueError, match="multiple of 4"):
+        g.Generator(10, 3, image_size=30)
     G = g.Generator(10, 3, width=8, spectral_norm=True).eval()
     for conv in (G.conv1, G.conv2, G.conv3):
         assert torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
@@ -517,6 +525,7 @@ def test_alexnets_order():
     fc = ["Linear", "ReLU", "Dropout", "BatchNorm1d"]
     convolutions = 2 * [*conv, "LocalResponseNorm", *pool] + 2 * [*conv, "BatchNorm2d"] + [*conv, *pool]
     assert order == [*convolutions, "Flatten", *fc, *fc]
+    assert [layer.p for layer in models.build("alexnet").body if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("width", [3, 4, 48])  # fewer channels than the five that are summed, and more
@@ -610,6 +619,19 @@ def test_the_encoder_divides_each_column_by_its_norm():
     columns, rows = torch.rand(4, 2, 1, 32) + 0.5, torch.rand(4, 2, 32, 1) + 0.5
     assert torch.allclose(output(E, columns * x), output(E, x), atol=1e-5)
     assert not torch.allclose(output(E, rows * x), output(E, x), atol=1e-3)
+
+
+def test_the_encoder_is_the_authors_network():
+    E, x, half = replay.Encoder(6, 2, width=8), torch.randn(4, 2, 32, 32), nn.Upsample(scale_factor=0.5)
+    plain = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, 0.8), nn.LeakyReLU(0.2),
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8, 0.8), nn.LeakyReLU(0.2), half,
+        nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), half, nn.Flatten(),
+    )  # fmt: skip
+    for layer, ours in zip((m for m in plain if m.state_dict()), E.children()):  # without the two heads
+        layer.load_state_dict(ours.state_dict())
+    h = plain(x / x.norm(dim=2, keepdim=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(E(x), (E.mu(h), E.log_var(h)), strict=True))
 
 
 def test_pres_networks_begin_with_small_uniform_weights_and_no_biases(watch):
@@ -828,7 +850,8 @@ def watch(monkeypatch, tmp_path):
             events.append(Event(record.stage, f"step of {who}"))
 
         method = flags.split()[1]
-        shape = "--batch 16" + (" --image-batch 8" if method in SYNTHESES else " --latent 4 --width 4")
+        shape = "--batch 16" + " --image-batch 8" * (method in SYNTHESES)
+        shape += " --latent 4 --width 4" * (method in GENERATORS)
         vae = "vae" in flags or method == "pre" and "none" not in flags
         shape += " --memory-width 4 --memory-latent 4" if vae else ""
         args = dfkd.parse(f"--device cpu --precision fp32 {shape} {flags}".split())
@@ -916,6 +939,14 @@ def test_pres_decoder_is_in_eval_mode_for_the_student_only(watch):
     assert all(e.training for e in events if e.who == "G")
 
 
+@pytest.mark.parametrize("method", ["rdskd --generator-steps 1", "dafl", "zskd --images 8 --image-steps 1", "noise"])
+def test_students_learn_at_the_temperature_that_is_given(watch, method):
+    record, events = watch(f"--method {method} --temperature 3 --steps 5")
+    pairs = [(s.y, t.y) for s, t in zip(events, events[1:]) if (s.stage, s.who, t.who) == ("student", "S", "T")]
+    assert record.logged["student", "L_kd"] == pytest.approx([g.distillation_loss(*pair, 3.0).item() for pair in pairs])
+    assert len(pairs) == 5
+
+
 def test_pres_student_minimises_the_distance_of_the_logits(watch):
     record, events = watch(PRE)
     pairs = [(s, t) for s, t in zip(events, events[1:]) if (s.who, t.who) == ("S", "T") and len(s.x) == 18]
@@ -960,10 +991,10 @@ def test_soft_targets_objective_is_the_sum_of_its_terms(watch, monkeypatch):
     assert L_x == pytest.approx(L_ce + 3 * L_a)
 
 
-@pytest.mark.parametrize("balanced", [True, False])
-def test_the_decoder_learns_the_balance_of_what_it_rehearses(balanced):
+@pytest.mark.parametrize("balanced, teacher_term", [(True, True), (False, True), (True, False)])
+def test_the_decoder_learns_the_balance_of_what_it_rehearses(balanced, teacher_term):
     T = models.LeNet5((2, 3, 5, 8), 10, 1).eval().requires_grad_(False)
-    memory = replay.PseudoReplay(replay.VAE(4, 1, width=4), 1e-3, 0.02, balanced=balanced)
+    memory = replay.PseudoReplay(replay.VAE(4, 1, width=4), 1e-3, 0.02, teacher_term, balanced)
     vae, novel, got = copy.deepcopy(memory.vae), torch.randn(16, 1, 32, 32), {}
 
     def step():
@@ -980,7 +1011,8 @@ def test_the_decoder_learns_the_balance_of_what_it_rehearses(balanced):
         moved = moved - 0.02 * torch.autograd.grad(L_balance, z, retain_graph=True)[0].sign()  # Adam's first step
     x = torch.cat([novel[:8], vae.decoder(moved).detach()])
     x_hat, mu, log_var = vae(x)
-    L_vae = replay.vae_loss(replay.reconstruction_loss(x, x_hat, T(x), T(x_hat)), mu, log_var)
+    L_rec = replay.reconstruction_loss(x, x_hat, T(x), T(x_hat)) if teacher_term else (x - x_hat).abs().mean()
+    L_vae = replay.vae_loss(L_rec, mu, log_var)
     (L_vae + L_balance).backward()
     for name, p in vae.named_parameters():
         assert torch.allclose(got[name], p.grad, rtol=1e-3, atol=1e-5), name
@@ -1060,6 +1092,7 @@ def begun(watch, monkeypatch):
 
         def synthesise(objective, x, steps, lr, constrain, settle, factor, report):
             augmented = []
+            assert (steps, lr, settle) in ((2, 0.125, 0), (2, 0.125, 0.01))
             with monkeypatch.context() as patch:
                 patch.setattr(g, "augmented", lambda x, mirror: augmented.append(x) or x)
                 patch.setattr(g, "soft_target_loss", lambda *_: torch.tensor(1.0))
@@ -1068,14 +1101,14 @@ def begun(watch, monkeypatch):
             at_work = dict(
                 smooth=(x[..., 1:] - x[..., :-1]).std() < x.std() / 2,
                 range=constrain is not None and torch.equal(constrain(zeros), zeros),
-                settle=settle > 0, augment=augmented, scale=L > 300, sum=factor == len(x),
+                settle=settle == 0.01, augment=augmented, scale=L > 300, sum=factor == len(x),
             )  # fmt: skip
             batches.append((x, constrain, {name for name, found in at_work.items() if found}))
             return x, torch.tensor(L)
 
         with monkeypatch.context() as patch:
             patch.setattr(g, "synthesise", synthesise)
-            watch(f"{flags} --image-steps 2 --images 16 --steps 1")
+            watch(f"{flags} --image-steps 2 --image-lr 0.125 --images 16 --steps 1")
         return batches[0]
 
     return run
@@ -1234,6 +1267,9 @@ def test_the_bank_recalls_only_what_it_has_stored():
     bank = replay.Bank(100, 1, image_size=4)
     bank.learn(torch.ones(24, 1, 4, 4), None, rehearse=False)
     assert bank.recall(50, None).eq(1).all()
+    bank = replay.Bank(2, 1, image_size=4)
+    bank.learn(torch.ones(80, 1, 4, 4), None, rehearse=False)  # B/8 is more than it holds
+    assert bank.images.eq(1).all() and bank.filled == 2
 
 
 # ---------------------------------------------------------------- data sets
@@ -2019,6 +2055,10 @@ def test_means_of_the_losses_are_written(tmp_path):
     for turn in run.steps("student", 8):
         run.log(L_kd=torch.tensor(float(turn)))
     assert [float(row["L_kd"]) for row in rows_of(tmp_path)] == [1.5, 5.5]
+    nn.init.constant_(net.weight, torch.nan)
+    with pytest.raises(dfkd.RunError, match="the student became NaN in its last steps"):
+        run.finish(None)
+    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize("method, least", [
@@ -2219,7 +2259,9 @@ def test_a_stopped_teacher_goes_on(tmp_path, glyphs_are_drawn_once):
     def train(folder):
         return models.trained(tmp_path / folder, "glyphs", "wrn-10-1", real, GLYPHS, 3, 0, "fp32", lambda *line: None)
 
-    whole = train("whole").state_dict()
+    teacher = train("whole")
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    whole = teacher.state_dict()
     with backward_passes(until=4), pytest.raises(KeyboardInterrupt):  # 2 steps an epoch
         train("parts")
     (half,) = (tmp_path / "parts").iterdir()
@@ -2250,6 +2292,27 @@ def test_how_a_teacher_is_trained(made_data_sets, tmp_path, spy, name, arch):
     assert draw().shape == (7, info.channels, 32, 32) and [len(x) for (x,), _ in crops] == [7] * info.mirror
 
 
+def test_kd_draws_every_training_image_and_no_other(glyphs_are_drawn_once):
+    real = data.Data(*(v[:30] for v in glyphs_are_drawn_once))
+    draw = dfkd.real_images(real, GLYPHS, dfkd.parse("--method kd --device cpu --batch 1000".split()))
+    drawn, training = ({x.numpy().tobytes() for x in v} for v in (draw(), data.normalise(real.train_images, GLYPHS)))
+    assert drawn == training
+
+
+def test_flags_reach_the_teacher_that_is_trained(monkeypatch, tmp_path):
+    seen = {}
+
+    def train(name, real, info, epochs, seed, precision, *rest):
+        seen.update(name=name, epochs=epochs, seed=seed, precision=precision)
+        raise dfkd.RunError("enough")
+
+    monkeypatch.setattr(models, "train", train)
+    monkeypatch.setattr(models, "set_up_torch", lambda threads: seen.update(threads=threads))
+    flags = f"--teacher-epochs 3 --teacher-seed 5 --threads 7 --teacher-dir {tmp_path}/teachers --out {tmp_path}/run"
+    assert dfkd.main(small(flags)) == 1
+    assert seen == dict(name="lenet5", epochs=3, seed=5, precision="fp32", threads=7)
+
+
 def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyphs_are_drawn_once):
     monkeypatch.setattr(models, "train", lambda name, *rest: models.build(name))
     real = glyphs_are_drawn_once
@@ -2258,9 +2321,11 @@ def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyph
                    dict(epochs=4), dict(seed=1), dict(precision="bf16"), {}):  # fmt: skip
         models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **{**usual, **change})
     assert len(list(tmp_path.iterdir())) == 6
-    monkeypatch.setattr(torch, "__version__", "2.99")
-    models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **usual)
-    assert len(list(tmp_path.iterdir())) == 7
+    for module, name, value in ((torch, "__version__", "2.99"), (torch, "get_num_threads", lambda: 99),
+                                (models, "teacher_lr", lambda name: 1.0)):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+        models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **usual)
+    assert len(list(tmp_path.iterdir())) == 9
 
 
 def altered(change):
@@ -2389,8 +2454,43 @@ def test_mkls_functions_are_first_called_on_one_thread(monkeypatch):
     for name in ("tanh", "exp", "log", "sqrt", "sin", "cos", "erf"):
         monkeypatch.setattr(torch, name, lambda x, name=name: called.setdefault(name, x.numel()))
     models.set_up_torch(1)
-    assert threads == [1] and len(called) == 7
+    assert threads == [1] and len(called) == 7 and torch.are_deterministic_algorithms_enabled()
     assert max(called.values()) < 1000  # torch splits nothing so small between threads
+
+
+def test_cores_that_others_use(monkeypatch, capsys):
+    ticks = ["cpu  100 0 0 100 0 0 0 0 9 9\n", "cpu  250 0 0 150 0 0 0 0 9 9\n"]  # 150 of 200 are not idle
+    monkeypatch.setattr(Path, "read_text", lambda path: ticks.pop(0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert models.cores_in_use() == 6
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for used, said in ((6, False), (7, True)):
+        monkeypatch.setattr(models, "cores_in_use", lambda used=used: used)
+        models.set_up_torch(2)
+        assert ("other processes keep the cores busy" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_on_a_terminal_and_in_a_file(monkeypatch, tmp_path, terminal):
+    """A round takes a second. Two of four rounds are evaluated; a terminal shows the others, too."""
+    out, clock = io.StringIO(), [0.0]
+    out.isatty = lambda: terminal
+    args = dfkd.parse(small(f"--teacher {dfkd.__file__} --no-eval --steps 4 --eval-every 2 --out {tmp_path}"))
+    run, net = dfkd.Run(args, GLYPHS), nn.Linear(1, 1)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    run.begin(net, lambda: None)
+    run.keep(S=net)
+    for turn in run.steps("student", 4):
+        run.log(L_kd=torch.tensor(float(turn)))
+        clock[0] += 1
+    kept = ["student    2/4  L_kd 0.5  1.0/s  eta 0:02", "student    4/4  L_kd 2.5  1.0/s  eta 0:00"]
+    if terminal:
+        first, third = "student    1/4  L_kd 0  1.0/s  eta 0:03", "student    3/4  L_kd 2  1.0/s  eta 0:01"
+        assert out.getvalue() == "".join(f"\r\x1b[K{line}" for line in (first, f"{kept[0]}\n", third, f"{kept[1]}\n"))
+    else:
+        assert out.getvalue().splitlines() == kept  # less than 15 seconds
+    assert [models.clock(seconds) for seconds in (59.6, 3599, 7325)] == ["1:00", "59:59", "2:02:05"]
 
 
 # ---------------------------------------------------------------- finished runs
