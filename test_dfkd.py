@@ -2197,7 +2197,8 @@ def test_seconds_of_a_resumed_run(blind, tmp_path):
     with backward_passes(until=14):
         assert blind(tmp_path) == 130
     altered(lambda saved: saved.update(seconds=1000.0))(tmp_path / "checkpoint.pt")
-    assert blind(tmp_path, "--resume") == 0 and result_of(tmp_path)["seconds"] >= 1000
+    elsewhere = f"--data-dir {tmp_path}/data --teacher-dir {tmp_path}/teachers"  # they change no number
+    assert blind(tmp_path, f"--resume {elsewhere}") == 0 and result_of(tmp_path)["seconds"] >= 1000
 
 
 def test_a_stop_between_the_last_checkpoint_and_the_picture(blind, whole, tmp_path, monkeypatch):
@@ -2470,6 +2471,22 @@ def test_cores_that_others_use(monkeypatch, capsys):
         assert ("other processes keep the cores busy" in capsys.readouterr().out) == said
 
 
+def test_what_a_run_says_at_its_end(tmp_path, capsys):
+    result = dict(
+        teacher="lenet5", student="lenet5_half", teacher_accuracy=99.0, accuracy_last=97.5, accuracy_mean=90.0,
+        accuracy_variance=4.0, accuracy_max=98.0, steps=50, args=dict(eval_every=20, device="cpu"),
+        agreement_fresh=81.5, agreement_memory=62.5, transfer_set=dict(images=24, agreement=0.75, strayed=0.25),
+        seconds=61,
+    )  # fmt: skip
+    dfkd.summary(result, tmp_path)
+    printed = capsys.readouterr().out
+    for words in ("over all 3 evaluations: mean 90.00 %, variance 4.00, maximum 98.00 %",
+                  "81.5 % of fresh synthetic images, on 62.5 % of memory samples",
+                  "images   24: the teacher puts 75.0 % of them into their label's top class",
+                  "25.0 % of the labels favour another class", "time     1:01 for the distillation"):  # fmt: skip
+        assert words in printed
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_on_a_terminal_and_in_a_file(monkeypatch, tmp_path, terminal):
     """A round takes a second. Two of four rounds are evaluated; a terminal shows the others, too."""
@@ -2508,7 +2525,7 @@ def two_runs(tmp_path):
         (tmp_path / name / "metrics.csv").write_bytes(content)
         most = max(accuracy for _, accuracy in curve)
         result = dict(accuracy_last=curve[-1][1], accuracy_max=most, accuracy_mean=50, accuracy_variance=4)
-        settings = dict(seed=len(curve), teacher_seed=0, steps=curve[-1][0], width=64)
+        settings = dict(seed=len(curve), teacher_seed=0, steps=curve[-1][0], width=64, threads=len(curve))
         result.update(teacher_accuracy=99, replay_bytes=5000, transfer_set=dict(bytes=24_000), seconds=90,
                       steps=curve[-1][0], args=settings, diversity=1 / len(curve), agreement_fresh=None)  # fmt: skip
         (tmp_path / name / "result.json").write_text(json.dumps(result))
@@ -2755,6 +2772,8 @@ def test_schedules_follow_the_kind_of_data():
     assert (svhn["teacher_arch"], svhn["student_arch"]) == ("wrn-40-2", "wrn-16-1")
     cifar = numbers("--schedule paper --dataset cifar10 --method dafl --student-lr 0.5")
     assert (cifar["loss_weights"], cifar["student_optimiser"], cifar["student_lr"]) == ((0.05, 5, 0.01), "sgd", 0.5)
+    assert (cifar["teacher_arch"], cifar["student_arch"]) == ("resnet34", "resnet18")
+    assert numbers("--dataset cifar100 --teacher-arch alexnet")["student_arch"] == "alexnet_half"
     steps = {name: numbers(f"--dataset {name}")["steps"] for name in ("glyphs", "mnist", "fashion-mnist")}
     assert steps == {"glyphs": 5000, "mnist": 12_000, "fashion-mnist": 12_000}
     assert numbers("--steps 1000")["eval_every"] == 40
@@ -3152,6 +3171,13 @@ def test_networks_of_ones_own_are_distilled(own, tmp_path, name, method, least, 
     student.load_state_dict(torch.load(tmp_path / "run" / "student.pt", weights_only=True))
     picture = (tmp_path / "run" / "samples.png").read_bytes()
     assert struct.unpack(">I", picture[16:20]) == (8 * (28 if name == "CNN" else 32),)
+
+
+def test_the_check_of_a_student_leaves_it_as_it_was():
+    student = models.Own("net", nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 3)), channels=1, size=8)
+    before = copy.deepcopy(student.state_dict())
+    student.check_that_it_trains()
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
 @pytest.mark.parametrize("method", ["pre", "soft-target"])
