@@ -20,7 +20,8 @@ fail() { echo "run.sh: $1" >&2; exit "${2:-1}"; }
 
 # Whether interpreter $1 can import numpy, a recent torch and, where it is named, module $2.
 has() {
-    "$1" -c "import numpy, torch${2:+, $2}; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null
+    local recent="tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)"
+    "$1" -c "import numpy, torch${2:+, $2}; assert $recent" 2>/dev/null
 }
 
 # Install into .venv. torch's default build for Linux carries 5 GB of CUDA libraries: without an NVIDIA GPU, the CPU
