@@ -578,6 +578,16 @@ def augmented(images, mirror, degrees=20):
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+def mixed(images):
+    """Each image mixed with another of the batch: a x_1 + (1 - a) x_2, a ~ U(0, 1) for each.
+
+    images (B, C, H, W) -> the same shape. It is mixup (Zhang et al. 2018) without its labels: S learns T's answers to
+    the mixtures, as in Beyer et al. 2022. For synthetic images it is ours [I].
+    """
+    a = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
+    return a * images + (1 - a) * images[torch.randperm(len(images), device=images.device)]
+
+
 def label_shares(t, y, intended):
     """Shares: of images that T puts into their label's top class; of labels whose top class is not the intended one."""
     top = y.argmax(1)

@@ -311,6 +311,15 @@ def test_augmentation_turns_scales_and_shifts(spy, mirror, degrees):
     assert 0.45 < (torch.linalg.det(A) < 0).float().mean() < 0.55 if mirror else (torch.linalg.det(A) > 0).all()
 
 
+def test_images_are_mixed_in_pairs():
+    mixtures = g.mixed(torch.eye(4000, dtype=torch.float64).view(4000, 4000, 1, 1)).flatten(1)
+    a = mixtures.diagonal()
+    assert torch.allclose(mixtures.sum(1), torch.ones(4000, dtype=torch.float64)) and (mixtures > 0).sum(1).max() == 2
+    assert ((mixtures - a.diag() > 0).sum(0) <= 1).all()  # each image is the other one of one pair
+    a = a.sort().values
+    assert (a - torch.linspace(0, 1, 4000)).abs().max() < 0.04  # Kolmogorov-Smirnov
+
+
 def test_rolls_go_up_to_two_pixels_round_the_edge():
     x = torch.arange(64.0).view(1, 1, 8, 8)
     rolls = {x.roll((i, j), (2, 3)).numpy().tobytes() for i in range(-2, 3) for j in range(-2, 3)}
@@ -1055,13 +1064,16 @@ def test_zskd_has_both_betas_for_every_class(watch, spy):
     assert all(sorted(beta[classes == k].tolist()) == pytest.approx([0.1, 0.1, 1, 1]) for k in range(10))
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_what_a_student_sees_of_a_transfer_set(watch, spy, mirror):
-    calls, info = spy(g, "augmented"), GLYPHS._replace(mirror=mirror)
-    _, events = watch("--method zskd --images 16 --image-steps 1 --steps 12", info=info)
+@pytest.mark.parametrize("mirror, mix", [(False, False), (True, False), (False, True)])
+def test_what_a_student_sees_of_a_transfer_set(watch, spy, mirror, mix):
+    calls, mixed, info = spy(g, "augmented"), spy(g, "mixed"), GLYPHS._replace(mirror=mirror)
+    ours = "--ours augment mix" if mix else "--ours augment"
+    _, events = watch(f"--method zskd --images 16 --image-steps 1 --steps 12 {ours}", info=info)
     seen = [e.x for e in events if e.stage == "student" and e.who in "ST"]
     assert len(calls) == 2 + 12 and all(more == [mirror] for (_, *more), _ in calls)  # 20 degrees
-    assert all(torch.equal(x, calls[2 + i // 2][1]) for i, x in enumerate(seen)) and len(seen) == 24  # S and T
+    assert len(mixed) == 12 * mix and all(args[0] is call[1] for (args, _), call in zip(mixed, calls[2:]))
+    shown = [x for _, x in (mixed or calls[2:])]
+    assert all(torch.equal(x, shown[i // 2]) for i, x in enumerate(seen)) and len(seen) == 24  # S and T
     assert len(torch.cat([x for (x, _), _ in calls[2:]]).unique(dim=0)) == 16  # of every file
 
 
@@ -1121,8 +1133,11 @@ def begun(watch, monkeypatch):
     return run
 
 
+OF_IMAGES = [name for name in dfkd.OURS if name != "mix"]  # which is of S
+
+
 @pytest.mark.parametrize("method, ours", [
-    ("soft-target", set(dfkd.OURS)), ("zskd", set(dfkd.OURS) - {"scale"}),
+    ("soft-target", set(OF_IMAGES)), ("zskd", set(OF_IMAGES) - {"scale"}),
     ("deepinversion", {"smooth", "range", "settle", "sum"}),
 ])  # fmt: skip
 def test_nothing_of_ours_is_in_the_papers_synthesis_of_images(begun, method, ours):
@@ -1140,7 +1155,7 @@ def test_nothing_of_ours_is_in_the_papers_synthesis_of_images(begun, method, our
         assert constrain is None and x.mean() == pytest.approx(0, abs=0.05) and x.std() == pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.parametrize("name", dfkd.OURS)
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_each_of_ours_acts_by_itself(begun, name):
     x, constrain, at_work = begun(f"--method soft-target --schedule paper --ours {name}")
     assert at_work == {name}
@@ -1153,9 +1168,10 @@ def test_each_of_ours_acts_by_itself(begun, name):
     "rdskd --generator-steps 2 --steps 1", "dafl --steps 1", "mskd --steps 1", "pre --replay none --steps 1",
     "dafl --replay bank --bank-size 9 --steps 10",
 ])  # fmt: skip
-def test_with_augment_both_networks_see_the_same_augmented_images_where_the_student_learns(watch, monkeypatch, flags):
+def test_with_augment_or_mix_both_networks_see_the_same_augmented_images_where_the_student_learns(watch, monkeypatch, flags):
     monkeypatch.setattr(g, "augmented", lambda x, mirror, degrees: x + 55 * mirror + degrees + torch.randn(()))
-    for ours, augmented in (("range augment", True), ("range", False)):
+    monkeypatch.setattr(g, "mixed", lambda x: x + 1000 + torch.randn(()))
+    for ours, added in (("range augment", 100), ("range mix", 1000), ("range augment mix", 1100), ("range", 0)):
         events = watch(f"--method {flags} --ours {ours}", info=GLYPHS._replace(mirror=True))[1]
         assert any(e.who == "step of G" for e in events)
         ends = [i for i, e in enumerate(events) if e.who == "step of S"]
@@ -1163,7 +1179,7 @@ def test_with_augment_both_networks_see_the_same_augmented_images_where_the_stud
         seen = {id(events[i - back]) for i in ends for back in (1, 2)}
         for e in events:
             if e.who in ("T", "S"):  # what G and the memory learn from is left alone
-                assert ((e.x.flatten(1).mean(1) > 90) == (augmented and id(e) in seen)).all()
+                assert (e.x.flatten(1).mean(1) - added * (id(e) in seen)).abs().max() < 10
 
 
 @pytest.mark.parametrize("flags, kept", [("", True), ("--ours", False), ("--schedule paper --batch 8", False)])
