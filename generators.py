@@ -461,7 +461,7 @@ def dirichlet_concentrations(weight):
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)
-    return (cosine - low) / (high - low).clamp_min(1e-12)  # one class, or rows alike to the bit: 0, not 0/0
+    return (cosine - low) / (high - low).clamp_min(1e-12)  # a row of equal cosines, as of one class: 0, not 0/0
 
 
 def dirichlet_targets(weight, classes, beta):

@@ -2319,7 +2319,8 @@ def test_how_a_teacher_is_trained(made_data_sets, tmp_path, spy, name, arch):
     _, optimiser, cycle = torch.load(half, weights_only=True)["parts"]
     assert [len(x) for (x,), _ in crops] == 4 * [128] * info.mirror  # two epochs of two steps
     assert (cycle["last_epoch"], cycle["total_steps"]) == (4, 4)
-    assert optimiser["param_groups"][0].get("nesterov", False) == (arch != "lenet5")
+    group, lr = optimiser["param_groups"][0], 3e-3 if arch == "lenet5" else 0.1
+    assert group.get("nesterov", False) == (arch != "lenet5") and group["max_lr"] == models.teacher_lr(arch) == lr
     draw = dfkd.real_images(real, info, dfkd.parse("--method kd --device cpu --batch 7".split()))
     crops.clear()
     assert draw().shape == (7, info.channels, 32, 32) and [len(x) for (x,), _ in crops] == [7] * info.mirror
