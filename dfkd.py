@@ -118,8 +118,8 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "teacher_term":      (True, True, True, True, True),  # [P, C]
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
-# What we add to image synthesis, see `optimised` and `transfer_set`; where there is a generator, `range`, `augment` and
-# `mix` mean what `image_bounds` and `student_batch` say.
+# What we add to image synthesis, see `optimised`, and to what S sees of its images: `mix`, see `transfer_set`. Where
+# there is a generator, `range` and `augment` mean what `image_bounds` and `student_batch` say.
 OURS = ("smooth", "range", "settle", "augment", "scale", "sum", "mix")
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
@@ -139,7 +139,7 @@ SOFT_TARGET = ZSKD | {  # where nothing is said here, as ZSKD [I]; its temperatu
     "layer":             ("auto", "auto", "auto", "auto", "auto"),  # FC-2 where there is one [P], else the logits [I]
     "sigma":             ("auto", "auto", "auto", 1.5, 2.0),  # [P]
     "loss_weights":      ((0.05,), (0.05,), (0.05,), (0.05,), (0.1,)),  # lambda_a: LeNet-5, AlexNet [P]; ResNet [I]
-    "ours":              (OURS[:-1], OURS[:-1], OURS[:-1], (), ()),
+    "ours":              (("smooth", "range", "settle", "augment", "scale", "sum"),) * 3 + ((), ()),
 }
 CONTROL = {  # noise and kd, all of it ours [I]: results are published, no schedule is
     "batch":             (64, 64, 256, 64, 256),
@@ -468,13 +468,11 @@ def image_bounds(info, args):
 def student_batch(novel, memory, teacher, info, args):
     """What T and S see while S learns from G: novel images and, where there is a memory, B/8 samples of it.
 
-    With `augment` of --ours, all are turned, scaled and shifted at random; with `mix`, mixed in pairs. G learns nothing
-    of it; S learns more of T than its answers to what G draws [I].
+    With `augment` of --ours, all are turned, scaled and shifted at random. G learns nothing of it; S learns more of T
+    than its answers to what G draws [I].
     """
     x = torch.cat([novel, memory.recall(replay.memory_count(novel), teacher)]) if memory else novel
-    if "augment" in args.ours:
-        x = generators.augmented(x, info.mirror, degrees=45)
-    return generators.mixed(x) if "mix" in args.ours else x
+    return generators.augmented(x, info.mirror, degrees=45) if "augment" in args.ours else x
 
 
 def replay_memory(info, args):
@@ -853,7 +851,7 @@ def parser():
     add("--image-steps", type=number(int, 1), metavar="N", help="steps that optimise an image, at most")
     add("--image-lr", type=number(float, 1e-12), metavar="LR", help="learning rate of the images")
     add("--ours", nargs="*", choices=OURS, metavar="NAME", help=f"our additions that are on, none without a "
-        f"name: {' '.join(OURS)}; for generators: range, augment, mix")  # fmt: skip
+        f"name: {' '.join(OURS)}; for generators: range, augment")  # fmt: skip
     add("--layer", choices=("auto", "fc2", "logits"), metavar="NAME",
         help="soft-target models its outputs: auto, fc2, logits")
     add("--sigma", type=number(float, 1e-6, 1e6, auto=True), metavar="S",
@@ -1062,8 +1060,7 @@ def fill_schedule(args, error):
     if args.loss_weights and len(args.loss_weights) != usual:
         error(f"--loss-weights: --method {args.method} has {usual} of them, not {len(args.loss_weights)}")
     of_images = tuple(name for name in OURS if name != "scale")
-    of_generators = ("range", "augment", "mix")
-    known = {"soft-target": OURS, "zskd": of_images, "deepinversion": of_images}.get(args.method, of_generators)
+    known = {"soft-target": OURS, "zskd": of_images, "deepinversion": of_images}.get(args.method, ("range", "augment"))
     for name in args.ours or ():
         if name not in known:
             error(f"--ours {name} means nothing to --method {args.method}")

@@ -1168,10 +1168,9 @@ def test_each_of_ours_acts_by_itself(begun, name):
     "rdskd --generator-steps 2 --steps 1", "dafl --steps 1", "mskd --steps 1", "pre --replay none --steps 1",
     "dafl --replay bank --bank-size 9 --steps 10",
 ])  # fmt: skip
-def test_what_both_networks_see_where_the_student_learns_is_augmented_and_mixed(watch, monkeypatch, flags):
+def test_with_augment_both_networks_see_the_same_augmented_images_where_the_student_learns(watch, monkeypatch, flags):
     monkeypatch.setattr(g, "augmented", lambda x, mirror, degrees: x + 55 * mirror + degrees + torch.randn(()))
-    monkeypatch.setattr(g, "mixed", lambda x: x + 1000 + torch.randn(()))
-    for ours, added in (("range augment", 100), ("range mix", 1000), ("range augment mix", 1100), ("range", 0)):
+    for ours, added in (("range augment", 100), ("range", 0)):
         events = watch(f"--method {flags} --ours {ours}", info=GLYPHS._replace(mirror=True))[1]
         assert any(e.who == "step of G" for e in events)
         ends = [i for i, e in enumerate(events) if e.who == "step of S"]
