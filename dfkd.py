@@ -1067,6 +1067,8 @@ def fill_schedule(args, error):
     for key, names in (("ours", OURS), ("terms", TERMS)):  # in any order, and the same run
         if getattr(args, key):
             setattr(args, key, tuple(name for name in names if name in getattr(args, key)))
+    if "penalty" in given and args.terms == ("ds",):
+        error("--penalty means nothing to L_ds alone: it is for L_oh and L_ie")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * math.ceil(args.steps / each)
     args.eval_every = each * math.ceil((args.eval_every or math.ceil(args.steps / 25)) / each)

@@ -2739,6 +2739,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--teacher dfkd.py --teacher-arch wrn-16-2 --channels 3 --dataset svhn", "--dataset"),
     ("--method zskd --ours magic", "magic"), ("--method noise --ours range", "--ours means nothing"),
     ("--method rdskd --ours range smooth", "--ours smooth means nothing"),
+    ("--method rdskd --terms ds --penalty sum", "--penalty means nothing"),
     ("--method zskd --ours scale", "--ours scale means nothing"), ("--threads 9999", "--threads"),
     ("--teacher=", "--teacher is empty"), ("--export=", "--export is empty"), ("--plot a --out .", "a folder"),
     ("--teacher dfkd.py --teacher-seed 1", "--teacher-seed means nothing"),
