@@ -101,7 +101,7 @@ PRE = {
     "steps":             (4000, 8000, 30_000, 400 * 36 * 10, 400 * 36 * 10),  # 400 epochs of 36 rounds [C]
     "student_optimiser": ("adam", "adam", "sgd", "adam", "sgd"),  # [C]
     "student_lr":        (1e-2, 1e-2, 0.1, 0.1, 0.1),  # [C]; 97.2, 95.7 with 3e-3 (validation, 3 seeds, no replay)
-    "student_decay":     ("cycle", "cycle", "cosine", "cosine", "cosine"),  # [C]
+    "student_decay":     ("cycle", "cycle", "cosine", "cosine", "cosine"),  # [C]; that MNIST's Adam has it, too: [I]
     "decay_every":       (1, 1, 1, 36 * 10, 36 * 10),  # the cosine moves once an epoch [C]
     "eval_every":        (0, 0, 0, 36 * 10, 36 * 10),  # every epoch [P]
     "replay":            ("vae", "vae", "vae", "vae", "vae"),  # [P]
@@ -138,7 +138,7 @@ ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
 SOFT_TARGET = ZSKD | {  # where nothing is said here, as ZSKD [I]; its temperature is that of the soft labels, too [P]
     "layer":             ("auto", "auto", "auto", "auto", "auto"),  # FC-2 where there is one [P], else the logits [I]
     "sigma":             ("auto", "auto", "auto", 1.5, 2.0),  # [P]
-    "loss_weights":      ((0.05,), (0.05,), (0.05,), (0.05,), (0.1,)),  # lambda_a: LeNet-5, AlexNet [P]; ResNet [I]
+    "loss_weights":      ((0.05,), (0.05,), (0.05,), (0.05,), (0.1,)),  # lambda_a: LeNet-5, AlexNet [P]; others [I]
     "ours":              (("smooth", "range", "settle", "augment", "scale", "sum"),) * 3 + ((), ()),
 }
 CONTROL = {  # noise and kd, all of it ours [I]: results are published, no schedule is
@@ -275,7 +275,8 @@ def generator_beside_student(objective, teacher, student, info, args, run):
 def pre(teacher, student, info, args, run):
     """PRE-DFKD [C]: a round is one step of G, ten of S on novel and memory samples, four of the memory.
 
-    G: DAFL's terms, and disagreement between S and T. S: the mean distance of the logits.
+    G: DAFL's terms, and disagreement between S and T. S: the mean distance of the logits. S is in train mode in L_js,
+    too: its BatchNorms see G's batch [I].
     """
     B = args.batch
     G, optimiser_G = image_generator(info, args, spectral_norm=True, bound=0.08)
@@ -332,7 +333,7 @@ def zskd(teacher, student, info, args, run):
 
     def make_images(index):
         k = index % info.classes  # each class as often as any other [C]; in this order [I]
-        beta = torch.where(index // info.classes % 2 == 0, 1.0, 0.1)  # for each class, half of its images
+        beta = torch.where(index // info.classes % 2 == 0, 1.0, 0.1)  # for each class, half of its images [P]
         y = generators.dirichlet_targets(weight, k, beta)
 
         def objective(x):

@@ -237,7 +237,7 @@ def one_hot_loss(logits):
 def information_entropy_loss(logits):
     """L_ie = sum_k p_bar_k log p_bar_k = -H(p_bar): small when the batch holds all classes equally (class diversity).
 
-    logits (B, K) -> scalar in [-log K, 0]. RDSKD [P], natural logarithm [C]; DAFL and PRE-DFKD use log10 [C], see
+    logits (B, K) -> scalar in [-log K, 0]. RDSKD, natural logarithm [C]; DAFL and PRE-DFKD use log10 [C], see
     `dafl_loss`. log p_bar is computed as logsumexp_b(log p) - log B, with log p >= -1e4: a class without mass then adds
     0 to the loss and to the gradient, where the authors' p_bar.log() gives NaN.
     """
@@ -465,10 +465,11 @@ def dirichlet_concentrations(weight):
 
 
 def dirichlet_targets(weight, classes, beta):
-    """y ~ Dirichlet(beta c_k + 1e-4), k the intended class: ZSKD's soft labels [C].
+    """y ~ Dirichlet(beta c_k + 1e-4), k the intended class: ZSKD's soft labels.
 
-    weight (K, M) of the teacher's last layer, classes (B,), beta (B,) -> (B, K). Half of a transfer set has beta = 1,
-    half 0.1 [P]. In the public code the 0.1 has no effect: the rows are scaled to [0, 1] again before use [C].
+    weight (K, M) of the teacher's last layer, classes (B,), beta (B,) -> (B, K). The 1e-4 is the code's [C].
+    Half of a transfer set has beta = 1, half 0.1: so the text [P], and this. In the public code the 0.1 has no effect:
+    the rows are scaled to [0, 1] again before use [C].
     """
     return Dirichlet(beta[:, None] * dirichlet_concentrations(weight)[classes] + 1e-4).sample()
 
@@ -570,7 +571,7 @@ def augmented(images, mirror, degrees=20):
         return torch.empty(len(images), dtype=images.dtype, device=images.device).uniform_(low, high)
 
     angle, scale = uniform(-math.radians(degrees), math.radians(degrees)), uniform(0.8, 1.2)
-    flip = uniform(-1, 1).sign() if mirror else torch.ones_like(scale)
+    flip = torch.where(uniform(-1, 1) < 0, -1.0, 1.0).to(scale) if mirror else torch.ones_like(scale)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     shift = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
     theta = torch.stack([flip * cos, -sin, shift[0], flip * sin, cos, shift[1]], 1).view(-1, 2, 3)

@@ -7,8 +7,8 @@
 Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its last linear layer, and `split(layer)`
 gives the way from the outputs of an inner layer to the logits. `Own` makes a Classifier of any network that maps images
 to logits: build("net.py:Net") calls Net in the file net.py.
-AlexNet is that of ZSKD's code [C], its padding and the constants of its LRN are ours [I]; test_dfkd.py holds the
-parameter counts.
+AlexNet is that of ZSKD's code [C]; its padding, the places of ReLU and the constants of its LRN are ours [I].
+test_dfkd.py holds the parameter counts.
 
 References
     LeNet-5        LeCun et al. 1998, as DAFL has it                     https://arxiv.org/abs/1904.01186
@@ -594,7 +594,11 @@ def load(path, name, info, device, precision):
     for key, value in net.state_dict().items():  # in the precision of the network
         if not value.isfinite().all():
             raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+    if isinstance(net, Own):
+        with torch.no_grad():  # weight_norm and pruning renew a layer's `weight` only when the layer is called
+            net(torch.zeros(2, *net.shape, device=device))
+    return net
 
 
 @torch.no_grad()

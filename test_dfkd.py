@@ -3052,6 +3052,7 @@ NETS = '''
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 
 class thin(nn.Module):
@@ -3140,6 +3141,7 @@ class Masked(CNN):
 
 
 small = lambda: CNN(4)
+pruned = lambda: nn.Sequential(nn.Flatten(), prune.identity(nn.Linear(784, 10), "weight"))
 same = CNN(4)
 again = lambda: same
 pairs = lambda: nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (2, 784)), nn.Linear(784, 10))
@@ -3261,6 +3263,14 @@ def test_any_network_as_a_classifier(own):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     thin = models.build(f"{path}:thin", 10, 3)
     assert len(models.trained_weights(thin)) == len(list(thin.parameters())) - 1  # without `scale`
+
+
+def test_a_weight_that_a_layer_computes_is_that_of_the_file(own, tmp_path):
+    arch, path = f"{own[1]}/nets.py:pruned", tmp_path / "teacher.pt"
+    saved = models.build(arch, 10, 1, 28)
+    torch.save(saved.state_dict(), path)
+    teacher = models.load(path, arch, data.Info(10, 1, (0.0,), (1.0,), size=28), "cpu", "fp32")
+    assert torch.equal(teacher.classifier.weight, saved.classifier.weight_orig)
 
 
 BAD_NETWORKS = [  # teacher, further flags, what the line says
