@@ -6,7 +6,7 @@
 #   ./run.sh bench       milliseconds per step, against the plain form of the same networks
 #   ./run.sh table DATA [FLAGS]    the README's tables: glyphs (half an hour, no files); mnist (five seeds, two hours
 #                                  each; SEEDS="0 1 2": three); cifar10 (where torch sees a GPU, the papers' pairs;
-#                                  else, or with --device cpu, small pairs, four hours)
+#                                  else, or with --device cpu, small pairs, a night)
 #   ./run.sh claims DATA [FLAGS]   RDSKD's objective and PRE-DFKD's memory in parts, generators without --ours range,
 #                                  three methods over ten settings: three seeds of 90 minutes each
 #                                  Stop these two at will: the same command goes on.
@@ -102,23 +102,28 @@ natural_on_a_gpu() {
     done
 }
 
-# A small pair, AlexNet and its half, and 2,000 steps, so that all of it fits into four hours on two cores.
+# A small pair; WRN-40-2 and the same student, for which figures are published; AlexNet and its half. 10 epochs of each
+# teacher and 2,000 steps of a student, so that all of it fits into a night on two cores.
 natural_on_a_cpu() {
-    local method memory layer
-    local pair=(--teacher-arch wrn-16-2 --teacher-epochs 10 --steps 2000)
-    local alexnet=(--teacher-arch alexnet --teacher-epochs 10 --steps 2000 --batch 64)
-    local set=(--images 1024 --image-batch 256 --image-steps 200)
-    for method in kd noise; do row $method "${pair[@]}" --method $method --batch 64; done
-    for method in deepinversion soft-target zskd; do
-        row $method "${pair[@]}" --method $method --batch 64 "${set[@]}"
+    local short=(--teacher-epochs 10 --steps 2000) name="" teacher method memory layer
+    local images=("${short[@]}" --batch 64 --images 1024 --image-batch 256 --image-steps 200)
+    local generator=("${short[@]}" --batch 128 --width 64)
+    for teacher in wrn-16-2 wrn-40-2; do
+        for method in kd noise; do
+            row $name$method --teacher-arch $teacher --method $method "${short[@]}" --batch 64
+        done
+        for method in deepinversion soft-target zskd; do
+            row $name$method --teacher-arch $teacher --method $method "${images[@]}"
+        done
+        for method in rdskd dafl; do row $name$method --teacher-arch $teacher --method $method "${generator[@]}"; done
+        for memory in none vae bank; do
+            row ${name}pre-$memory --teacher-arch $teacher --method pre --replay $memory "${generator[@]}"
+        done
+        name=wrn-40-2-
     done
-    for method in rdskd dafl; do row $method "${pair[@]}" --method $method --batch 128 --width 64; done
-    for memory in none vae bank; do
-        row pre-$memory "${pair[@]}" --method pre --batch 128 --width 64 --replay $memory
-    done
-    row alexnet-kd "${alexnet[@]}" --method kd
+    row alexnet-kd --teacher-arch alexnet --method kd "${short[@]}" --batch 64
     for layer in fc2 logits; do
-        row alexnet-soft-target-$layer "${alexnet[@]}" --method soft-target --layer $layer "${set[@]}"
+        row alexnet-soft-target-$layer --teacher-arch alexnet --method soft-target --layer $layer "${images[@]}"
     done
 }
 
