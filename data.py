@@ -573,8 +573,8 @@ def load_tensors(path):
                 warnings.simplefilter("ignore")  # torch's, about kinds of files that it then refuses
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # torch.load raises whatever the damaged bytes lead to
-            raise DataError(f"{path}: not a PyTorch file of plain tensors (a state dict, for a teacher), "
-                            f"or a damaged one") from None  # fmt: skip
+            raise DataError(f"{path}: not a PyTorch file of plain tensors, or a damaged one; a teacher's "
+                            "is made by torch.save(net.state_dict(), FILE)") from None  # fmt: skip
 
 
 def same_form(a, b):

@@ -943,6 +943,8 @@ def name_data(args, error):
         if args.no_eval and args.test:
             error("--no-eval measures nothing, --test FILE does: give one of them")
         args.dataset, args.no_eval = "own", not args.test
+        if (args.mean is None) != (args.std is None):
+            error("--mean and --std: give both, as your images were normalised")
         args.channels = args.channels or (len(args.mean) if args.mean else 3)
         args.image_size = args.image_size or 32
         args.mean, args.std = args.mean or (0.5,) * args.channels, args.std or (0.25,) * args.channels
@@ -1100,8 +1102,12 @@ def distil(args):
             real = data.Data(*(v.to(args.device) for v in data.load(args.dataset, args.data_dir)))
             test = real.test_images, real.test_labels
         teacher = get_teacher(args, info, real)
+        if isinstance(teacher, models.Own):
+            fit_method(teacher, args, stop)  # again, with the weights of the file
         torch.manual_seed(args.seed)
         student = models.on_device(args.student_arch, info, args.device, args.precision)
+        if torch.initial_seed() != args.seed:
+            torch.manual_seed(args.seed)  # the user's network has set another one
 
         def evaluate(net):
             return None if test is None else models.accuracy(net, *test, info)
@@ -1123,6 +1129,10 @@ def distil(args):
                 print(f"exported {args.export}")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.done else "") from None
+
+
+def stop(problem):
+    raise RunError(problem)
 
 
 def schedule_text(args):

@@ -244,29 +244,41 @@ class Own(Classifier):
 
     def __init__(self, name, net, channels, size):
         super().__init__()
-        self.name, self.net, called = name, net, []
+        self.name, self.net = name, net
         net.cpu()
         net.eval()
         for key, value in net.state_dict().items():
             if not isinstance(value, torch.Tensor) or value.dtype == torch.bfloat16 or not value.isfinite().all():
                 raise NetworkError(f"{name}: '{key}' in its state dict is no tensor of finite float32 or integers; "
                                    "a buffer stays out of it with persistent=False")  # fmt: skip
-        layers = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-        hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y.clone()))) for n, m in layers]
         self.shape = (channels, size, size)
-        _, logits = self.probe()
-        for hook in hooks:
-            hook.remove()
+        self.examine()
         self.probe(3)  # it takes batches of any size
+        self.train()
+
+    def examine(self):
+        """See how many classes it has, which nn.Linear is called last, and whether that one gives the logits.
+
+        With weights from a file this may be otherwise. And weight_norm and pruning renew a layer's `weight` only when
+        the layer is called.
+        """
+        called = []
+        layers = [(key, layer) for key, layer in self.net.named_modules() if isinstance(layer, nn.Linear)]
+        hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y.clone()))) for n, m in layers]
+        try:
+            _, logits = self.probe()
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.classes = logits.shape[1]
         self.last, y = called[-1] if called else (None, None)
         self.ends_there = y is not None and torch.equal(y, logits)
-        self.train()
 
     def probe(self, count=2):
         """A batch of noise and its logits. Raises NetworkError if S or G could not learn from them."""
         shape = (count, *self.shape)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        device = next(self.parameters(), torch.empty(0)).device
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
         try:
             with torch.random.fork_rng(devices=[]):
                 logits = self(x)
@@ -276,6 +288,8 @@ class Own(Classifier):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if not isinstance(found, tuple) or len(found) != 2 or found[0] != count or found[1] < 2:
             raise NetworkError(f"{self.name} gives {found} for images {shape}, not logits ({count}, K)")
+        if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
+            raise NetworkError(f"{self.name} gives probabilities, not logits: leave its softmax out")
         if not logits.requires_grad:
             raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach in it?")
         return x, logits
@@ -311,9 +325,9 @@ class Own(Classifier):
         # NCHW, because many networks call view(B, -1); a copy, because some change their input in place
         x = x.clone(memory_format=torch.contiguous_format)
         if not return_features:
-            return self.net(x)
+            return rows(self.net(x), x)
         if self.last is None:
-            return self.net(x), None
+            return rows(self.net(x), x), None
         read = []
 
         def note(layer, inputs, named):
@@ -321,7 +335,7 @@ class Own(Classifier):
 
         hook = self.classifier.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            return self.net(x), read[-1]
+            return rows(self.net(x), x), rows(read[-1], x)
         finally:
             hook.remove()
 
@@ -332,27 +346,46 @@ class Own(Classifier):
         return self.net.load_state_dict(*args, **more)
 
 
+def rows(y, x):
+    """y (B, K) for images x; of one image, a network that calls squeeze() gives (K,)."""
+    return y[None] if len(x) == 1 and isinstance(y, torch.Tensor) and y.dim() == 1 else y
+
+
 def in_one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
+FOLDERS = {Path(__file__).resolve().parent}  # of our modules, and of the users' files
+
+
+def home(name):
+    """The folder in which the module or package `name`, imported before, lies; None for one without a file."""
+    module = sys.modules.get(name)
+    where = next(iter(getattr(module, "__path__", ())), None) or getattr(module, "__file__", None)
+    return Path(where).parent if where else None
+
+
 @functools.cache
 def module_of(path):
-    """The Python file `path`, run once. It may import what lies beside it, also by the name of one of our modules."""
+    """The Python file `path`, run once. It imports what lies beside it, not a module of the same name from elsewhere.
+
+    Such are our own modules and what another network's file has imported: teacher and student may each have a utils.py.
+    """
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    beside, elsewhere = {entry.stem for entry in path.parent.iterdir()} - {"__main__"}, FOLDERS - {path.parent}
+    hidden = {key: held for key, held in sys.modules.items()
+              if key.partition(".")[0] in beside and home(key.partition(".")[0]) in elsewhere}  # fmt: skip
+    for key in hidden:
+        del sys.modules[key]
+    FOLDERS.add(path.parent)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    ours = {}
-    for name in ("data", "dfkd", "generators", "models", "replay"):
-        beside = (path.parent / f"{name}.py").exists() or (path.parent / name).is_dir()
-        if beside and path.parent != Path(__file__).resolve().parent and name in sys.modules:
-            ours[name] = sys.modules.pop(name)
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
         sys.path.append(str(path.parent))  # for what it imports later
-        sys.modules.update(ours)
+        sys.modules.update(hidden)
     return module
 
 
@@ -568,6 +601,9 @@ def trained(folder, dataset, name, real, info, epochs, seed, precision, show):
     return net
 
 
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel's, torch.compile's, those of training frameworks
+
+
 def load(path, name, info, device, precision):
     """The frozen teacher whose state dict is in the file `path`; NetworkError says in one line why it does not fit."""
     state = data.load_tensors(path)
@@ -579,7 +615,9 @@ def load(path, name, info, device, precision):
         raise NetworkError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
     net = on_device(name, info, device, precision)
     known = net.state_dict()
-    state = {k if k in known else k.removeprefix("module."): v for k, v in state.items()}  # DataParallel adds it
+    for prefix in PREFIXES:
+        if not state.keys() & known.keys() and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
             raise NetworkError(f"{path}: '{key}' is sparse, quantised, complex or without values; save plain tensors")
@@ -589,15 +627,14 @@ def load(path, name, info, device, precision):
         reason = " ".join(str(error).splitlines()[1:2]).strip() or in_one_line(error)
         shape = f"{name} with {info.classes} classes and {info.channels} channels"
         reason = textwrap.shorten(reason, 160, placeholder=" ...")
-        flags = "--teacher-arch; --dataset, or --num-classes and --channels"
+        flags = "--teacher-arch" + ("" if isinstance(net, Own) else "; --dataset, or --num-classes and --channels")
         raise NetworkError(f"{path}: does not fit {shape}; see {flags}: {reason}") from None
     for key, value in net.state_dict().items():  # in the precision of the network
         if not value.isfinite().all():
             raise NetworkError(f"{path}: '{key}' holds NaN or infinity; train the teacher again")
     net.eval().requires_grad_(False)
     if isinstance(net, Own):
-        with torch.no_grad():  # weight_norm and pruning renew a layer's `weight` only when the layer is called
-            net(torch.zeros(2, *net.shape, device=device))
+        net.examine()
     return net
 
 

@@ -2740,6 +2740,7 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--method zskd --ours magic", "magic"), ("--method noise --ours range", "--ours means nothing"),
     ("--method rdskd --ours range smooth", "--ours smooth means nothing"),
     ("--method rdskd --terms ds --penalty sum", "--penalty means nothing"),
+    ("--teacher dfkd.py --teacher-arch lenet5 --std 0.3", "--mean and --std: give both"),
     ("--method zskd --ours scale", "--ours scale means nothing"), ("--threads 9999", "--threads"),
     ("--teacher=", "--teacher is empty"), ("--export=", "--export is empty"), ("--plot a --out .", "a folder"),
     ("--teacher dfkd.py --teacher-seed 1", "--teacher-seed means nothing"),
@@ -3140,7 +3141,28 @@ class Masked(CNN):
         self.register_buffer("mask", torch.tensor(-torch.inf))
 
 
+class Seeded(CNN):
+    def __init__(self):
+        torch.manual_seed(5)
+        super().__init__(4)
+
+
+class Rezero(nn.Module):  # only while it is new, its last nn.Linear gives the logits
+    def __init__(self):
+        super().__init__()
+        self.skip, self.head, self.alpha = nn.Linear(784, 10), nn.Linear(784, 10), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.alpha * self.skip(x.flatten(1)) + self.head(x.flatten(1))
+
+
+class Squeezing(CNN):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
 small = lambda: CNN(4)
+probabilities = lambda: nn.Sequential(CNN(), nn.Softmax(1))
 pruned = lambda: nn.Sequential(nn.Flatten(), prune.identity(nn.Linear(784, 10), "weight"))
 same = CNN(4)
 again = lambda: same
@@ -3265,12 +3287,51 @@ def test_any_network_as_a_classifier(own):
     assert len(models.trained_weights(thin)) == len(list(thin.parameters())) - 1  # without `scale`
 
 
-def test_a_weight_that_a_layer_computes_is_that_of_the_file(own, tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module.net."])
+def test_a_weight_that_a_layer_computes_is_that_of_the_file(own, tmp_path, prefix):
     arch, path = f"{own[1]}/nets.py:pruned", tmp_path / "teacher.pt"
     saved = models.build(arch, 10, 1, 28)
-    torch.save(saved.state_dict(), path)
+    torch.save({prefix + key: value for key, value in saved.state_dict().items()}, path)
     teacher = models.load(path, arch, data.Info(10, 1, (0.0,), (1.0,), size=28), "cpu", "fp32")
     assert torch.equal(teacher.classifier.weight, saved.classifier.weight_orig)
+
+
+def test_the_last_layer_is_looked_for_with_the_weights_of_the_file(own, tmp_path, failure):
+    arch, path = f"{own[1]}/nets.py:Rezero", tmp_path / "teacher.pt"
+    flags = f"--teacher {path} --teacher-arch {arch} --method soft-target"
+    net = models.build(arch, 10, 1, 28)
+    torch.save(net.state_dict(), path)
+    assert own[0]("CNN", flags, tmp_path / "new") == 0
+    torch.save(net.state_dict() | {"alpha": torch.tensor(3.0)}, path)
+    assert "not what its last nn.Linear" in failure(1, own[0], "CNN", flags, tmp_path / "trained")
+
+
+def test_a_network_that_sets_a_seed_leaves_the_run_its_own(own, tmp_path):
+    for seed in (0, 1):
+        flags = f"--student-arch {own[1]}/nets.py:Seeded --method noise --seed {seed}"
+        assert own[0]("CNN", flags, tmp_path / str(seed)) == 0
+    a, b = (torch.load(tmp_path / str(seed) / "student.pt") for seed in (0, 1))
+    assert not all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_network_that_squeezes_takes_one_image(own):
+    net = models.build(f"{own[1]}/nets.py:Squeezing", 10, 1, 28).eval()
+    x = torch.randn(3, 1, 28, 28)
+    (one, f), (three, all_f) = net(x[:1], return_features=True), net(x, return_features=True)
+    assert one.shape == (1, 10) and f.shape == (1, 784) and net(x[:1]).shape == (1, 10)
+    torch.testing.assert_close((one, f), (three[:1], all_f[:1]))
+
+
+def test_two_networks_import_each_what_lies_beside_it(tmp_path):
+    for name, layer in (("a", "ReLU"), ("b", "Tanh")):
+        (tmp_path / name / "blocks").mkdir(parents=True)
+        (tmp_path / name / "blocks" / "last.py").write_text(f"from torch.nn import {layer} as last")
+        (tmp_path / name / "act.py").write_text("from blocks.last import last as act")
+        text = "from torch import nn\nfrom act import act\n"
+        text += "net = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3), act())"
+        (tmp_path / name / "net.py").write_text(text)
+    for name, layer in (("a", nn.ReLU), ("b", nn.Tanh)):
+        assert isinstance(models.build(f"{tmp_path}/{name}/net.py:net", None, 1, 8).net[2], layer)
 
 
 BAD_NETWORKS = [  # teacher, further flags, what the line says
@@ -3291,6 +3352,7 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:CNN", "--mean 0.1 0.2", "2 and 1 numbers for 1"), ("nets.py:CNN", "--test no.npz", "no.npz: no file"),
     ("nets.py:CNN", "--export a.onnx", "FILE.pt2"), ("nets.py:CNN", "--export no/a.pt2", "FILE.pt2"),
     ("nets.py:CNN", "--no-eval --test nets.py", "one of them"), ("nets.py:CNN", "--method kd", "--method kd"),
+    ("nets.py:probabilities", "", "probabilities, not logits"),
     ("nets.py:CNN", "--std 0", "--std"), ("nets.py:CNN", "--dataset glyphs", "--dataset"),
     ("nets.py:pairs", "", r"fails on images \(3"), ("nets.py:lazy", "", "cannot be used"),
     ("nets.py:Exits", "", "fails on images .*SystemExit"),
