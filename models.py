@@ -348,7 +348,7 @@ class Own(Classifier):
 
 def rows(y, x):
     """y (B, K) for images x; of one image, a network that calls squeeze() gives (K,)."""
-    return y[None] if len(x) == 1 and isinstance(y, torch.Tensor) and y.dim() == 1 else y
+    return y[None] if x.shape[0] == 1 and isinstance(y, torch.Tensor) and y.dim() == 1 else y
 
 
 def in_one_line(error):
@@ -372,7 +372,8 @@ def module_of(path):
     Such are our own modules and what another network's file has imported: teacher and student may each have a utils.py.
     """
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-    beside, elsewhere = {entry.stem for entry in path.parent.iterdir()} - {"__main__"}, FOLDERS - {path.parent}
+    beside = {entry.stem for entry in path.parent.iterdir() if entry.suffix == ".py" or entry.is_dir()} - {"__main__"}
+    elsewhere = FOLDERS - {path.parent}
     hidden = {key: held for key, held in sys.modules.items()
               if key.partition(".")[0] in beside and home(key.partition(".")[0]) in elsewhere}  # fmt: skip
     for key in hidden:
