@@ -726,7 +726,7 @@ def git_commit():
 
 # ---------------------------------------------------------------- finished runs, as a table
 
-FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance", "replay_bytes")
+FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance")
 MAY_DIFFER = {"seed", "teacher_seed", "teacher_crc", "threads", "device"}  # between the runs of one row
 RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
 ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"

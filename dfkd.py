@@ -388,13 +388,14 @@ def transfer_set(make_images, teacher, student, info, args, run):
         index = torch.arange(first, min(first + args.image_batch, args.images), device=args.device)
         x, t, y, intended = make_images(index)
         run.log(**generators.label_shares(t, y, intended))
-        data.save(folder / f"{first}.pt", dict(images=x.half().cpu(), labels=y.cpu(), intended=intended.cpu()))
+        stored_batch = dict(images=x.half().cpu(), labels=y.float().cpu(), intended=intended.cpu())
+        data.save(folder / f"{first}.pt", stored_batch)
 
     more = args.images + torch.arange(min(args.image_batch, args.images), device=args.device)
     run.fresh = lambda: [make_images(more)[0]]
     batches = [stored(first) for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))
-    t = torch.cat([teacher(x.float()) for x in images.split(1000)])
+    t = torch.cat([teacher(x.float()) for x in images.split(args.image_batch)])
     shares = {name: share.item() for name, share in generators.label_shares(t, y, intended).items()}
     run.facts.update(images=len(images), bytes=images.nbytes, **shares)
     for _ in run.steps("student", args.steps):
@@ -410,13 +411,13 @@ def transfer_set(make_images, teacher, student, info, args, run):
 def stored_images(folder, args, info, first):
     """The batch of the transfer set that begins with image number `first`, from its file."""
     path, count = folder / f"{first}.pt", min(args.image_batch, args.images - first)
-    shape = (count, info.channels, info.size, info.size)
-    form = dict(images=torch.empty(shape, dtype=torch.float16), intended=torch.empty(count, dtype=torch.int64))
+    images = torch.empty(count, info.channels, info.size, info.size, dtype=torch.float16)
+    labels, intended = torch.empty(count, info.classes), torch.empty(count, dtype=torch.int64)
     try:
         held = data.load_tensors(path)
-        if data.same_form(form, held) and held["labels"].shape == (count, info.classes):
+        if data.same_form(dict(images=images, labels=labels, intended=intended), held):
             return held
-    except (AttributeError, KeyError, FileNotFoundError, data.DataError):
+    except (FileNotFoundError, data.DataError):
         pass
     raise RunError(f"{path}: missing, damaged or of another run; begin elsewhere, with --out DIR")
 
@@ -979,6 +980,7 @@ def name_networks(args, error):
             args.num_classes = teacher.classes
         if isinstance(teacher, models.Own):
             teacher.check_that_it_teaches()
+            fit_method(teacher, args.method)
         key, args.student_arch = "student_arch", args.student_arch or STUDENTS.get(args.teacher_arch)
         if not args.student_arch:
             error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
@@ -991,21 +993,20 @@ def name_networks(args, error):
         error(f"{flag(key)}: {problem}")
     if args.layer == "fc2" and teacher.modelled != "fc2":
         error(f"--layer fc2: {args.teacher_arch} has no such layer, only logits")
-    if isinstance(teacher, models.Own):
-        fit_method(teacher, args, error)
 
 
-def fit_method(teacher, args, error):
-    """Refuse a method that needs more of the user's network than it has."""
-    name, method = f"--teacher-arch {args.teacher_arch}", args.method
+def fit_method(teacher, method):
+    """Raises NetworkError if the method needs more of the user's network than it has."""
+    problem, layers = None, [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     if method in ("pre", "dafl", "soft-target", "zskd") and teacher.last is None:
-        error(f"{name}: no nn.Linear is called in it, and --method {method} needs the last one; take rdskd or mskd")
-    if method in ("soft-target", "zskd") and not teacher.ends_there:
-        error(f"{name}: its logits are not what its last nn.Linear, {teacher.last}, gives, and --method {method} needs "
-              f"that; take another method")  # fmt: skip
-    layers = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if method == "deepinversion" and any(m.running_mean is None for m in layers):
-        error(f"{name}: its BatchNorm has no running statistics, which deepinversion needs; take another method")
+        problem = f"no nn.Linear is called in it, and --method {method} needs the last one; take rdskd or mskd"
+    elif method in ("soft-target", "zskd") and not teacher.ends_there:
+        problem = (f"its logits are not what its last nn.Linear, {teacher.last}, gives, and --method {method} needs "
+                   f"that; take another method")  # fmt: skip
+    elif method == "deepinversion" and any(m.running_mean is None for m in layers):
+        problem = "its BatchNorm has no running statistics, which deepinversion needs; take another method"
+    if problem:
+        raise models.NetworkError(f"{teacher.name}: {problem}")
 
 
 def data_info(args):
@@ -1103,7 +1104,9 @@ def distil(args):
             test = real.test_images, real.test_labels
         teacher = get_teacher(args, info, real)
         if isinstance(teacher, models.Own):
-            fit_method(teacher, args, stop)  # again, with the weights of the file
+            fit_method(teacher, args.method)  # again, with the weights of the file
+            if teacher.last is not None:
+                print(f"features   what the teacher's last nn.Linear, {teacher.last}, reads")
         torch.manual_seed(args.seed)
         student = models.on_device(args.student_arch, info, args.device, args.precision)
         if torch.initial_seed() != args.seed:
@@ -1111,9 +1114,6 @@ def distil(args):
 
         def evaluate(net):
             return None if test is None else models.accuracy(net, *test, info)
-
-        if isinstance(teacher, models.Own) and teacher.last is not None:
-            print(f"features   what the teacher's last nn.Linear, {teacher.last}, reads")
 
         teacher_accuracy = evaluate(teacher)
         run.begin(teacher, lambda: evaluate(student))
@@ -1129,10 +1129,6 @@ def distil(args):
                 print(f"exported {args.export}")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.done else "") from None
-
-
-def stop(problem):
-    raise RunError(problem)
 
 
 def schedule_text(args):
@@ -1180,9 +1176,9 @@ def summary(result, out):
     else:
         print("student  not evaluated: no image with a label was looked at")
     if result["agreement_fresh"] is not None:
-        memory = result["agreement_memory"]
+        recalled = result["agreement_memory"]
         print(f"         it agrees with the teacher on {result['agreement_fresh']:.1f} % of fresh synthetic images"
-              + ("" if memory is None else f", on {memory:.1f} % of memory samples"))  # fmt: skip
+              + ("" if recalled is None else f", on {recalled:.1f} % of memory samples"))  # fmt: skip
     made = result["transfer_set"]
     if made:
         agreement, strayed = 100 * made["agreement"], 100 * made["strayed"]

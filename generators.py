@@ -515,7 +515,11 @@ def batch_norm_inputs(net, x):
     """net(x), and [(layer, input), ...] of the BatchNorm2d layers on its way. No hook stays, after an error either."""
     inputs = []
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    hooks = [m.register_forward_pre_hook(lambda m, x: inputs.append((m, x[0]))) for m in layers]
+
+    def note(layer, h, named):
+        inputs.append((layer, h[0] if h else named["input"]))
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers]
     try:
         return net(x), inputs
     finally:

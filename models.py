@@ -247,8 +247,9 @@ class Own(Classifier):
         self.name, self.net = name, net
         net.cpu()
         net.eval()
+        half = torch.float16, torch.bfloat16
         for key, value in net.state_dict().items():
-            if not isinstance(value, torch.Tensor) or value.dtype == torch.bfloat16 or not value.isfinite().all():
+            if not isinstance(value, torch.Tensor) or value.dtype in half or not value.isfinite().all():
                 raise NetworkError(f"{name}: '{key}' in its state dict is no tensor of finite float32 or integers; "
                                    "a buffer stays out of it with persistent=False")  # fmt: skip
         self.shape = (channels, size, size)
