@@ -391,7 +391,8 @@ def transfer_set(make_images, teacher, student, info, args, run):
         stored_batch = dict(images=x.half().cpu(), labels=y.float().cpu(), intended=intended.cpu())
         data.save(folder / f"{first}.pt", stored_batch)
 
-    more = args.images + torch.arange(min(args.image_batch, args.images), device=args.device)
+    count = min(args.images, args.image_batch, 100)  # for a figure in percent; a whole batch may take minutes
+    more = args.images + torch.arange(count, device=args.device)
     run.fresh = lambda: [make_images(more)[0]]
     batches = [stored(first) for first in range(0, args.images, args.image_batch)]
     images, y, intended = (torch.cat([b[k] for b in batches]).to(args.device) for k in ("images", "labels", "intended"))

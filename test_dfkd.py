@@ -1096,10 +1096,11 @@ def test_a_transfer_set_holds_the_labels_that_were_drawn(watch, spy, method, dra
     assert all(torch.equal(y, labels) for y, (_, labels) in zip(stored, drawn))
 
 
-def test_no_batch_of_images_is_larger_than_the_set(watch, spy):
+@pytest.mark.parametrize("images, batches", [(12, [12, 12]), (150, [120, 30, 100])])  # the last to measure agreement
+def test_no_batch_of_images_is_larger_than_it_must_be(watch, spy, images, batches):
     made = spy(g, "synthesise")
-    record, _ = watch("--method zskd --images 12 --image-batch 64 --image-steps 1 --steps 1")
-    assert len(record.fresh()[0]) == 12 and [len(x) for (_, x, *_), _ in made] == [12, 12]
+    record, _ = watch(f"--method zskd --images {images} --image-batch 120 --image-steps 1 --steps 1")
+    assert len(record.fresh()[0]) == batches[-1] and [len(x) for (_, x, *_), _ in made] == batches
 
 
 def test_noise_is_gaussian(watch):
