@@ -163,6 +163,7 @@ def test_losses_have_the_right_gradients(batch):
         (lambda s: g.js_disagreement_loss(s, t), (s,)),
         (lambda s, t: g.distillation_loss(s, t, 4.0), (s, t)),
         (g.total_variation, (x,)),
+        (lambda x: g.batch_norm_loss(x, torch.tensor([0.1, 0.2]), torch.tensor([1.0, 2.0])), (x,)),
     ]:
         assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
     assert torch.autograd.grad(g.js_disagreement_loss(s, t), t, allow_unused=True) == (None,)  # the teacher is detached
@@ -352,8 +353,11 @@ def test_batch_norm_hooks_leave_nothing_behind():
         g.batch_norm_inputs(net, x[:, :0])
     assert [layer for layer, _ in collected] == [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert g.batch_norm_prior([(net.bn, torch.randn(2, 64, 3, 3, dtype=torch.double))]).dtype == torch.double
-    h = torch.randn(2, 64, 3, 3).bfloat16()
-    assert g.batch_norm_prior([(net.bn, h)]) == g.batch_norm_prior([(net.bn, h.float())])
+    h = torch.randn(2, 64, 3, 3).bfloat16().requires_grad_()
+    exact = h.detach().float().requires_grad_()
+    losses = [g.batch_norm_prior([(net.bn, v)]) for v in (h, exact)]
+    sum(losses).backward()
+    assert losses[0] == losses[1] and torch.equal(h.grad, exact.grad.bfloat16())
     assert not any(m._forward_pre_hooks for m in net.modules())
     named = nn.Sequential(nn.BatchNorm2d(1))
     named.forward = lambda x: named[0](input=x)
