@@ -105,21 +105,23 @@ natural_on_a_gpu() {
 # A small pair; WRN-40-2 and the same student, for which figures are published; AlexNet and its half. 10 epochs of each
 # teacher and 2,000 steps of a student, so that all of it fits into a night on two cores.
 natural_on_a_cpu() {
-    local short=(--teacher-epochs 10 --steps 2000) name="" teacher method memory layer
+    local short=(--teacher-epochs 10 --steps 2000) name="" L_bn=10 teacher method memory layer
     local images=("${short[@]}" --batch 64 --images 1024 --image-batch 256 --image-steps 200)
     local generator=("${short[@]}" --batch 128 --width 64)
     for teacher in wrn-16-2 wrn-40-2; do
         for method in kd noise; do
             row $name$method --teacher-arch $teacher --method $method "${short[@]}" --batch 64
         done
-        for method in deepinversion soft-target zskd; do
+        row ${name}deepinversion --teacher-arch $teacher --method deepinversion "${images[@]}" \
+            --loss-weights 0.001 0 $L_bn
+        for method in soft-target zskd; do
             row $name$method --teacher-arch $teacher --method $method "${images[@]}"
         done
         for method in rdskd dafl; do row $name$method --teacher-arch $teacher --method $method "${generator[@]}"; done
         for memory in none vae bank; do
             row ${name}pre-$memory --teacher-arch $teacher --method pre --replay $memory "${generator[@]}"
         done
-        name=wrn-40-2-
+        name=wrn-40-2- L_bn=1  # of three times as many BatchNorms
     done
     row alexnet-kd --teacher-arch alexnet --method kd "${short[@]}" --batch 64
     for layer in fc2 logits; do
