@@ -637,6 +637,19 @@ def test_the_spectral_norm_is_computed_without_autocast():
     assert autocast == [False] * 3
 
 
+def test_the_second_argument_of_the_authors_batch_norms_is_eps():
+    G, E = g.Generator(6, 1, width=8), replay.Encoder(6, 1, width=8)
+    assert [bn.eps for bn in (G.bn1, G.bn2, G.bn3, G.bn4)] == [1e-5, 0.8, 0.8, 1e-5]
+    assert [bn.eps for bn in (E.bn1, E.bn2, E.bn3)] == [0.8, 0.8, 1e-5]
+
+
+def test_the_encoder_divides_each_column_by_its_norm():
+    E, x = replay.Encoder(6, 2, width=8).eval(), torch.randn(4, 2, 32, 32)
+    columns, rows = torch.rand(4, 2, 1, 32) + 0.5, torch.rand(4, 2, 32, 1) + 0.5
+    assert torch.allclose(output(E, columns * x), output(E, x), atol=1e-5)
+    assert not torch.allclose(output(E, rows * x), output(E, x), atol=1e-3)
+
+
 def test_the_encoder_is_the_authors_network():
     E, x, half = replay.Encoder(6, 2, width=8), torch.randn(4, 2, 32, 32), nn.Upsample(scale_factor=0.5)
     plain = nn.Sequential(
