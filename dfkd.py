@@ -990,6 +990,8 @@ def name_networks(args, error):
             if student.net is getattr(teacher, "net", None):
                 error(f"--student-arch {args.student_arch}: gives the teacher's very network; make a new one each time")
             student.check_that_it_trains()
+            if args.export:  # an error now, not after the run
+                models.exported(student, data_info(args))
     except (ValueError, models.NetworkError) as problem:
         error(f"{flag(key)}: {problem}")
     if args.layer == "fc2" and teacher.modelled != "fc2":

@@ -215,10 +215,14 @@ def fresh_images(G, count):
 
 @torch.no_grad()
 def fixed_images(G):
-    """64 images of G in eval mode, always from the same latents; the random state of the run is left alone."""
+    """64 images of G in eval mode, always from the same latents; the random state of the run is left alone.
+
+    Large ones would not fit into the memory together: 8 are made at a time.
+    """
     z = torch.randn(64, G.latent_dim, generator=torch.Generator().manual_seed(0)).to(G.linear.weight)
     training = G.training
-    x = G.eval()(z)
+    G.eval()
+    x = torch.cat([G(some) for some in z.split(8)])
     G.train(training)
     return x
 

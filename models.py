@@ -17,6 +17,7 @@ References
     WRN-d-k        Zagoruyko & Komodakis 2016                            https://arxiv.org/abs/1605.07146
 """
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -24,6 +25,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -482,15 +484,21 @@ def sample(name, info):
 
 def exported(net, info):
     """The network as the bytes of a .pt2 file that takes batches of any size; torch.export.load reads it."""
-    x, buffer = torch.zeros(2, info.channels, info.size, info.size), io.BytesIO()
+    net, buffer = getattr(net, "net", net), io.BytesIO()
+    x = torch.zeros(2, info.channels, info.size, info.size)
+    logging.disable()  # torch prints whole graphs before it raises
     try:
-        net = copy.deepcopy(getattr(net, "net", net)).to("cpu", memory_format=torch.contiguous_format)
-        net.eval()  # it returns nothing in some networks
-        net.bf16 = False
-        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        torch.export.save(program, buffer)
+        with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+            net.eval()  # it returns nothing in some networks
+            net(x.to(next(net.parameters()).device))  # one that keeps an activation with a gradient cannot be copied
+            net = copy.deepcopy(net).to("cpu", memory_format=torch.contiguous_format)
+            net.bf16 = False
+            program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            torch.export.save(program, buffer)
     except Exception as error:  # torch cannot copy and trace every network
-        raise NetworkError(f"the student, student.pt, cannot be exported: {in_one_line(error)}") from None
+        raise NetworkError(f"the student cannot be exported: {in_one_line(error)}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     return buffer.getbuffer()
 
 

@@ -3197,6 +3197,11 @@ class Squeezing(CNN):
         return super().forward(x).squeeze()
 
 
+class Branching(CNN):  # torch.export cannot follow
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+
 small = lambda: CNN(4)
 probabilities = lambda: nn.Sequential(CNN(), nn.Softmax(1))
 pruned = lambda: nn.Sequential(nn.Flatten(), prune.identity(nn.Linear(784, 10), "weight"))
@@ -3398,6 +3403,7 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:Exits", "", "fails on images .*SystemExit"),
     ("nets.py:CNN", "--student-arch nets.py:Unused", "no weights"),
     ("nets.py:again", "--student-arch nets.py:again", "very network"),
+    ("nets.py:CNN", "--student-arch nets.py:Branching --export a.pt2", "--student-arch: .* cannot be exported"),
     *(("nets.py:no_linear", f"--method {m}", "no nn.Linear.*take") for m in ("dafl", "pre", "soft-target", "zskd")),
     ("nets.py:not_last", "--method zskd", "not what its last nn.Linear"),
     ("nets.py:batch_statistics", "--method deepinversion", "no running statistics"),
@@ -3511,6 +3517,23 @@ def test_the_exported_student_is_the_student(own, tmp_path, name):
     student.load_state_dict(torch.load(tmp_path / "run" / "student.pt", weights_only=True))
     x = torch.randn(5, 1, 28, 28)
     assert torch.allclose(torch.export.load(tmp_path / "student.pt2").module()(x), student(x), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")  # torch, of what the network keeps
+def test_a_student_that_keeps_an_activation_is_exported(own, tmp_path):
+    assert own[0]("thin", f"--method noise --export {tmp_path}/student.pt2", tmp_path / "run") == 0
+    assert torch.export.load(tmp_path / "student.pt2").module()(torch.randn(5, 1, 32, 32)).shape == (5, 10)
+
+
+def test_samples_of_large_images_are_made_a_few_at_a_time(spy):
+    G = g.Generator(3, 1, 8, 4)
+    G(torch.randn(5, 3))  # its statistics are no longer the first ones
+    with torch.no_grad():
+        expected = G.eval()(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
+    made = spy(g.Generator, "forward")
+    x = g.fixed_images(G.train())
+    torch.testing.assert_close(x, expected)
+    assert G.training and max(len(x) for _, x in made) <= 8
 
 
 def test_the_readmes_own_network_is_distilled_as_it_stands(tmp_path, monkeypatch):
