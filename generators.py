@@ -515,11 +515,14 @@ class ChannelStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h):
+    def forward(h):
         x = at_least_float32(h)
         mean = x.mean((0, 2, 3))
-        ctx.save_for_backward(h, mean)
         return mean, (x - mean[:, None, None]).square_().mean((0, 2, 3))
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs, outputs[0])
 
     @staticmethod
     def backward(ctx, of_mean, of_var):

@@ -169,6 +169,12 @@ def test_losses_have_the_right_gradients(batch):
     assert torch.autograd.grad(g.js_disagreement_loss(s, t), t, allow_unused=True) == (None,)  # the teacher is detached
 
 
+def test_the_batch_norm_loss_has_further_derivatives_and_works_with_torch_func(batch):
+    x, loss = batch["x"].requires_grad_(), lambda x: g.batch_norm_loss(x, torch.zeros(2), torch.ones(2))
+    assert torch.autograd.gradgradcheck(loss, x, fast_mode=True)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), torch.autograd.grad(loss(x), x)[0])
+
+
 @pytest.mark.parametrize("classes", [2, 10])
 def test_closed_forms(classes):
     uniform, certain = torch.zeros(8, classes), 200 * torch.eye(classes)
