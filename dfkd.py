@@ -156,7 +156,9 @@ DEEPINVERSION = CONTROL | {  # the authors' numbers are for CIFAR-10; where noth
     "image_batch":       (256, 256, 256, 256, 256),  # [C]
     "image_steps":       (100, 100, 500, 2000, 2000),  # [C]; 150 leave 39 % of CIFAR images outside their class
     "image_lr":          (0.1, 0.1, 0.1, 0.1, 0.1),  # [C]
-    "ours":              (("smooth", "range", "settle", "sum"),) * 3 + ((), ()),
+    # mix: 64.4 instead of 61.6, 65.4 instead of 62.9; WRN-40-2 63.6 instead of 57.4 (training images S never sees)
+    "ours":              (("smooth", "range", "settle", "sum"), ("smooth", "range", "settle", "sum"),
+                          ("smooth", "range", "settle", "sum", "mix"), (), ()),
     "temperature":       (20.0, 20.0, 20.0, 20.0, 20.0),  # [I]
     "steps":             (20_000, 20_000, 20_000, 60_000, 60_000),  # [I]
 }

@@ -113,7 +113,7 @@ natural_on_a_cpu() {
             row $name$method --teacher-arch $teacher --method $method "${short[@]}" --batch 64
         done
         row ${name}deepinversion --teacher-arch $teacher --method deepinversion "${images[@]}" \
-            --loss-weights 0.001 0 $L_bn
+            --loss-weights 0.001 0 $L_bn --ours smooth range settle sum  # without mix, as when it was measured
         for method in soft-target zskd; do
             row $name$method --teacher-arch $teacher --method $method "${images[@]}"
         done
