@@ -29,6 +29,7 @@ import math
 import statistics
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 try:
@@ -571,6 +572,8 @@ class Run:
     def __init__(self, args, info):
         self.args, self.info = args, info
         self.settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
+        networks = {name.rpartition(":")[0] for name in (args.teacher_arch, args.student_arch)}
+        self.named = sorted((networks | {args.test}) - {"", None})  # files of the user that make the numbers
         self.out, self.commit, self.torch = Path(args.out), data.git_commit(), str(torch.__version__)
         self.done, self.rows, self.facts = {}, [], {}  # steps done of each stage; rows of metrics.csv; for result.json
         self.kept, self.terms, self.samples, self.saved = {}, {}, None, None
@@ -587,7 +590,7 @@ class Run:
             raise self.foreign()
         before, now = saved["settings"], self.settings
         for key in now | before:
-            if before.get(key) != now.get(key) and key != "teacher_crc":
+            if before.get(key) != now.get(key) and key not in ("teacher_crc", "named_crc"):  # see `begin`
                 raise RunError(f"{self.out}: began with {flag(key)} {before.get(key)}, now {now.get(key)}; "
                                f"give the same to resume")  # fmt: skip
         self.saved, self.done, self.rows = saved, saved["done"], saved["rows"]
@@ -595,9 +598,9 @@ class Run:
     def complete(self):
         """Whether nothing is left to do: the files of a run with these very settings are there.
 
-        A teacher of --teacher FILE might be another now, and --export writes one more file.
+        A file that the flags name might be another now, and --export writes one more.
         """
-        if self.args.teacher or self.args.export or self.done.get("student") != self.args.steps:
+        if self.named or self.args.teacher or self.args.export or self.done.get("student") != self.args.steps:
             return False
         try:
             data.finished(self.out)
@@ -612,8 +615,11 @@ class Run:
         """From here on the seconds count. A resumed run must have the same teacher; evaluate() -> accuracy of S."""
         self.teacher, self.evaluate = teacher, evaluate
         self.settings["teacher_crc"] = models.crc(teacher)
-        if self.saved and self.saved["settings"].get("teacher_crc") != self.settings["teacher_crc"]:
-            raise RunError(f"{self.out}: began with another teacher; give the same to resume")
+        if self.named:
+            self.settings["named_crc"] = [zlib.crc32(Path(name).read_bytes()) for name in self.named]
+        for key, what in (("teacher_crc", "teacher"), ("named_crc", f"content of {' or '.join(self.named)}")):
+            if self.saved and self.saved["settings"].get(key) != self.settings.get(key):
+                raise RunError(f"{self.out}: began with another {what}; give the same to resume")
         if self.saved and self.done.get("student") == self.args.steps:  # the record names what computed the numbers
             self.commit, self.torch = self.saved["commit"], self.saved["torch"]
         elif self.saved and self.saved["commit"] != self.commit:

@@ -3288,6 +3288,25 @@ def test_the_check_of_a_student_leaves_it_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
+@pytest.mark.parametrize("until, code", [(3, 130), (None, 0)])  # begun; finished
+@pytest.mark.parametrize("changed", ["net.py", "t.npz"])
+def test_resume_refuses_a_changed_file_of_ones_own(own, failure, tmp_path, until, code, changed):
+    shutil.copy(own[1] / "nets.py", tmp_path / "net.py")
+    shutil.copy(own[1] / "CNN.npz", tmp_path / "t.npz")
+    flags = f"--method noise --steps 9 --eval-every 2 --test {tmp_path}/t.npz --student-arch {tmp_path}/net.py:small"
+    with backward_passes(until):
+        assert own[0]("CNN", flags, tmp_path / "run") == code
+    held = (tmp_path / changed).read_bytes()
+    if changed == "net.py":
+        (tmp_path / changed).write_bytes(held + b"# later")
+    else:
+        np.savez(tmp_path / changed, images=np.zeros((1, 1, 28, 28), np.uint8), labels=np.zeros(1, int))
+    line = failure(1, own[0], "CNN", f"{flags} --resume", tmp_path / "run")
+    assert "another content of" in line and str(tmp_path / changed) in line
+    (tmp_path / changed).write_bytes(held)
+    assert own[0]("CNN", f"{flags} --resume", tmp_path / "run") == 0
+
+
 @pytest.mark.parametrize("method", ["pre", "soft-target"])
 def test_resume_equals_uninterrupted_with_a_network_of_ones_own(own, tmp_path, method):
     run, flags = own[0], f"--method {method}" + f" {VAE}" * (method in GENERATORS)
