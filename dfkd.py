@@ -1240,12 +1240,13 @@ def main(argv=None):
         if error.filename is None:
             sys.stdout = open(os.devnull, "w")  # else Python tries again at its end, and complains
         problem, code = f"{error.filename or 'standard output'}: {error.strerror or error}", 1
-    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for running out of CPU memory
-        texts = ("DefaultCPUAllocator", "size calculation overflowed")
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in texts)
-        if not known:
+    except (Exception, SystemExit) as error:
+        texts = ("DefaultCPUAllocator", "size calculation overflowed")  # torch has no class of its own for CPU memory
+        problem, code = models.own_failure(error), 1
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in texts):
+            problem = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size"
+        if problem is None:
             raise
-        problem, code = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size", 1
     except KeyboardInterrupt as stop:
         if __name__ == "__main__":  # the end is short: a second Ctrl-C would only make it untidy
             signal.signal(signal.SIGINT, signal.SIG_IGN)

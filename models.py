@@ -33,6 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 import zlib
 from pathlib import Path
 
@@ -356,6 +357,17 @@ def rows(y, x):
 
 def in_one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def own_failure(error):
+    """One line on an error that a network of one's own raised in its forward pass; None for other errors."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    names = [frame.f_locals["self"].name for frame, _ in frames if frame.f_code is Own.forward.__code__]
+    if not names:
+        return None
+    file = Path(names[-1].rpartition(":")[0])
+    lines = [line for frame, line in frames if Path(frame.f_code.co_filename) == file.resolve()]
+    return f"{names[-1]} fails{f' in line {lines[-1]}' if lines else ''}: {in_one_line(error)}"
 
 
 FOLDERS = {Path(__file__).resolve().parent}  # of our modules, and of the users' files

@@ -3210,6 +3210,20 @@ class Branching(CNN):  # torch.export cannot follow
         return super().forward(x if x.mean() > 0 else -x)
 
 
+class Late(CNN):  # fails after some time
+    calls, error = 0, AssertionError("worn out")
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 9:
+            raise self.error
+        return super().forward(x)
+
+
+class LateExit(Late):
+    error = SystemExit(0)
+
+
 small = lambda: CNN(4)
 probabilities = lambda: nn.Sequential(CNN(), nn.Softmax(1))
 pruned = lambda: nn.Sequential(nn.Flatten(), prune.identity(nn.Linear(784, 10), "weight"))
@@ -3457,6 +3471,13 @@ def test_a_network_needs_no_more_than_the_method_asks_for(own, tmp_path, teacher
     torch.save(models.build(arch, 10, 1, 28).state_dict(), tmp_path / "teacher.pt")
     flags = f"--teacher {tmp_path}/teacher.pt --teacher-arch {arch} --method {method}"
     assert own[0]("CNN", flags, tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("name, error", [("Late", "AssertionError: worn out"), ("LateExit", "SystemExit: 0")])
+def test_a_network_that_fails_within_the_run_is_one_line(own, failure, tmp_path, name, error):
+    line = 1 + NETS.splitlines().index("            raise self.error")
+    printed = failure(1, own[0], "CNN", f"--student-arch {own[1]}/nets.py:{name} --method noise", tmp_path / "run")
+    assert f"{own[1]}/nets.py:{name} fails in line {line}: {error}\n" in printed
 
 
 def test_a_network_does_not_change_its_images_and_imports_what_lies_beside_it(own, tmp_path):
