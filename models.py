@@ -252,9 +252,12 @@ class Own(Classifier):
         net.eval()
         half = torch.float16, torch.bfloat16
         for key, value in net.state_dict().items():
-            if not isinstance(value, torch.Tensor) or value.dtype in half or not value.isfinite().all():
+            plain = isinstance(value, torch.Tensor) and value.dtype not in half and not value.is_complex()
+            if not plain or not value.isfinite().all():
                 raise NetworkError(f"{name}: '{key}' in its state dict is no tensor of finite float32 or integers; "
                                    "a buffer stays out of it with persistent=False")  # fmt: skip
+        # as it is read from a file: a buffer made by expand cannot be
+        net.load_state_dict({key: value.clone() for key, value in net.state_dict().items()})
         self.shape = (channels, size, size)
         self.examine()
         self.probe(3)  # it takes batches of any size

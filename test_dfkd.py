@@ -3185,6 +3185,18 @@ class Masked(CNN):
         self.register_buffer("mask", torch.tensor(-torch.inf))
 
 
+class Expanded(CNN):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("zeros", torch.zeros(1).expand(10))
+
+
+class Complex(CNN):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.complex64))
+
+
 class Seeded(CNN):
     def __init__(self):
         torch.manual_seed(5)
@@ -3438,7 +3450,8 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:CNN", "--export a.onnx", "FILE.pt2"), ("nets.py:CNN", "--export no/a.pt2", "FILE.pt2"),
     ("nets.py:CNN", "--no-eval --test nets.py", "one of them"), ("nets.py:CNN", "--method kd", "no --method kd"),
     ("nets.py:probabilities", "", "probabilities, not logits"),
-    ("nets.py:halved", "", "no tensor of finite float32"),
+    ("nets.py:halved", "", "no tensor of finite float32"), ("nets.py:Complex", "", "no tensor of finite float32"),
+    ("nets.py:Expanded", "", 'cannot be used: .*"zeros"'),
     ("nets.py:CNN", "--std 0", "--std"), ("nets.py:CNN", "--dataset glyphs", "--dataset"),
     ("nets.py:pairs", "", r"fails on images \(3"), ("nets.py:lazy", "", "cannot be used"),
     ("nets.py:Exits", "", "fails on images .*SystemExit"),
