@@ -1,6 +1,6 @@
 """Data-free knowledge distillation: teach a small network what a trained one knows, without any data.
 
-    python dfkd.py --method rdskd                                        # digits drawn here, three minutes on a CPU
+    python dfkd.py --method rdskd                                        # digits drawn here, minutes on a CPU
     python dfkd.py --method rdskd --dataset mnist --schedule paper       # the authors' own schedule
     python dfkd.py --method rdskd --dataset mnist --teacher FILE --no-eval   # a teacher and nothing else
 
