@@ -825,7 +825,8 @@ def parser():
     add("--method", choices=SCHEDULES, default="rdskd", metavar="NAME",
         help=f"{', '.join(SCHEDULES)} (default: rdskd)")
     add("--dataset", choices=data.INFO, metavar="NAME", help=f"{', '.join(data.INFO)} (default: glyphs, drawn here)")
-    add("--data-dir", default="datasets", metavar="DIR", help="folder of the data sets' folders and downloads")
+    add("--data-dir", default="datasets", metavar="DIR",
+        help="folder of the data sets' folders and downloads (default: datasets)")
     add("--teacher", metavar="FILE", help="its state dict (default: one is trained here)")
     add("--teacher-arch", metavar="NAME", help=f"{', '.join(models.NAMES)}, any wrn-D-K, or FILE.py:NAME")
     add("--student-arch", metavar="NAME", help="the student's (default: as the papers have it)")
