@@ -94,7 +94,7 @@ def load(name, data_dir="datasets"):
 def to_32x32(images):
     """uint8 array (N, 28, 28) or (N, 3, 32, 32) -> uint8 tensor (N, C, 32, 32).
 
-    Bilinear where the size differs: the papers resize MNIST for LeNet-5 [C].
+    Bilinear where the size differs, as the papers' code resizes MNIST for LeNet-5.
     """
     if images.shape[1:] == (3, 32, 32):
         return torch.from_numpy(images)
@@ -514,19 +514,20 @@ def download(path, urls, checksum):
 
     The checksum is the SHA-256 of the file as it is served; tensorflow-datasets lists the same.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     problems = []
     for url in urls:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             print(f"downloading {url}", flush=True)
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read(2**28)  # more than any of the files has
             if hashlib.sha256(content).hexdigest() != checksum:
                 raise ValueError("wrong checksum")
-            write(path, content)
-            return
         except (OSError, http.client.HTTPException, ValueError) as error:
             problems.append(f"{urllib.parse.urlsplit(url).netloc}: {getattr(error, 'reason', error)}")
+        else:
+            write(path, content)  # a full disk is no fault of the server's
+            return
     raise DataError(f"no {path} and no download ({'; '.join(problems)}); get {path.name} elsewhere and put it into "
                     f"{path.parent}, or name the folder above it with --data-dir")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Classifiers, the teachers and students of the papers; teachers: training, loading, accuracy; torch for the process.
+"""Classifiers: the papers' teachers and students. Teachers: training, loading, accuracy. torch's settings.
 
     net = build("lenet5", num_classes=10, channels=1)
     logits = net(x)                                   # x (B, C, 32, 32) -> (B, K)
@@ -8,6 +8,7 @@ Every network is a `Classifier`: `penultimate(x)` is its body, `classifier` its 
 gives the way from the outputs of an inner layer to the logits. `Own` makes a Classifier of any network that maps images
 to logits: build("net.py:Net") calls Net in the file net.py.
 AlexNet is that of ZSKD's code [C]; its padding, the places of ReLU and the constants of its LRN are ours [I].
+[P] the paper's text, [C] the authors' code, [I] our reading, as in generators.py.
 test_dfkd.py holds the parameter counts.
 
 References
@@ -282,7 +283,7 @@ class Own(Classifier):
         self.ends_there = y is not None and torch.equal(y, logits)
 
     def probe(self, count=2):
-        """A batch of noise and its logits. Raises NetworkError if S or G could not learn from them."""
+        """A batch of noise and its logits. Raises NetworkError if they are no logits, or have no gradient at all."""
         shape = (count, *self.shape)
         device = next(self.parameters(), torch.empty(0)).device
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
@@ -298,14 +299,14 @@ class Own(Classifier):
         if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
             raise NetworkError(f"{self.name} gives probabilities, not logits: leave its softmax out")
         if not logits.requires_grad:
-            raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach in it?")
+            raise NetworkError(f"{self.name} passes no gradient to its images: is there a detach or no_grad in it?")
         return x, logits
 
     def gradients(self, logits, inputs):
         """d sum(logits) / d inputs, None for those that the logits do not depend on."""
         try:
             return torch.autograd.grad(logits.sum(), inputs, allow_unused=True)
-        except RuntimeError as error:
+        except (Exception, SystemExit) as error:
             raise NetworkError(f"{self.name} passes no gradient: {in_one_line(error)}") from None
 
     def check_that_it_teaches(self):
@@ -387,7 +388,8 @@ def home(name):
 def module_of(path):
     """The Python file `path`, run once. It imports what lies beside it, not a module of the same name from elsewhere.
 
-    Such are our own modules and what another network's file has imported: teacher and student may each have a utils.py.
+    Modules of such names, ours or those of another network's file, are put aside meanwhile: teacher and student may
+    each have a utils.py.
     """
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     beside = {entry.stem for entry in path.parent.iterdir() if entry.suffix == ".py" or entry.is_dir()} - {"__main__"}
@@ -414,7 +416,7 @@ def own(name, num_classes, channels, size):
     Without a number of classes (None), it is called without one.
     """
     file, _, attribute = name.rpartition(":")
-    path = Path(file).resolve()
+    path = Path(os.path.realpath(file))  # Path.resolve fails on a link to itself
     if path.suffix != ".py" or not path.is_file():
         raise NetworkError(f"{name}: no Python file {file}; give FILE.py:NAME")
     call_mkl()  # before the user's code does
@@ -434,7 +436,9 @@ def own(name, num_classes, channels, size):
         raise NetworkError(f"{name} gives a {type(net).__name__}, not a torch.nn.Module")
     try:
         net = Own(name, net, channels, size)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # lazy weights, weights on no device
+    except NetworkError:
+        raise
+    except (Exception, SystemExit) as error:  # lazy weights, weights on no device, what the user's train() raises
         raise NetworkError(f"{name} cannot be used: {in_one_line(error)}") from None
     if num_classes not in (None, net.classes):
         raise NetworkError(f"{name} gives {net.classes} classes, not {num_classes}")
@@ -576,11 +580,11 @@ def train(name, real, info, epochs, seed, precision, checkpoint, show):
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs * per_epoch)
     first, parts = 0, (net, optimiser, cycle)
     if checkpoint.exists():
-        saved = data.load_tensors(checkpoint)
         try:
+            saved = data.load_tensors(checkpoint)
             first = saved["epochs"]
             restore(zip(parts, saved["parts"], strict=True), saved["random"], device)
-        except (LookupError, TypeError, ValueError):
+        except (data.DataError, LookupError, TypeError, ValueError):
             raise NetworkError(f"{checkpoint}: no half-trained teacher of this program; delete it") from None
     begun = shown = time.perf_counter()
     for epoch in range(first, epochs):
@@ -607,15 +611,18 @@ def train(name, real, info, epochs, seed, precision, checkpoint, show):
 def trained(folder, dataset, name, real, info, epochs, seed, precision, show):
     """The teacher for these settings: from the folder where trained ones are kept, or trained now."""
     device, threads = real.train_images.device.type, torch.get_num_threads()
+    images_and_labels = zlib.crc32(real.train_labels.cpu().numpy(), zlib.crc32(real.train_images.cpu().numpy()))
     settings = dict(
-        dataset=dataset, data=zlib.crc32(real.train_images.cpu().numpy()), arch=name, epochs=epochs,
-        lr=teacher_lr(name), batch=TEACHER_BATCH, seed=seed, precision=precision, device=device, threads=threads,
-        torch=str(torch.__version__),
+        dataset=dataset, data=images_and_labels, arch=name, epochs=epochs, lr=teacher_lr(name), batch=TEACHER_BATCH,
+        seed=seed, precision=precision, device=device, threads=threads, torch=str(torch.__version__),
     )  # fmt: skip
     path = folder / f"{dataset}-{name}-{zlib.crc32(json.dumps(settings).encode()):08x}.pt"
     if path.exists():
         print(f"teacher    {name}, trained before: {path}")
-        return load(path, name, info, device, precision)
+        try:
+            return load(path, name, info, device, precision)
+        except (data.DataError, NetworkError):
+            raise NetworkError(f"{path}: damaged; delete it, and the teacher is trained again") from None
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # an error now, if nothing can be written there
     half = path.with_suffix(".training")
@@ -640,7 +647,7 @@ def load(path, name, info, device, precision):
         raise NetworkError(f"{path}: no state dict; save one with torch.save(net.state_dict(), FILE)")
     net = on_device(name, info, device, precision)
     known = net.state_dict()
-    for prefix in PREFIXES:
+    for prefix in PREFIXES * 2:  # two of them may stand there, in either order
         if not state.keys() & known.keys() and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
@@ -756,7 +763,7 @@ def keep_freed_memory():
 
 
 def call_mkl():
-    """Call each of MKL's functions once, on one thread.
+    """Call the functions of MKL that networks use most, once each, on one thread.
 
     MKL chooses the kernel of a function at its first call. Two threads that make this call together may get different
     kernels, and results then differ in the last bits from one process to the next. 16 numbers take one thread.

@@ -1739,7 +1739,7 @@ def test_files_that_are_not_there_are_downloaded(tmp_path, monkeypatch, kind):
     assert len(set(checksums)) == len(files) == {"IDX.gz": 4, "CIFAR archive": 1, "MATLAB": 2}[kind]
 
 
-def test_downloads_are_checked_and_whole(tmp_path, capsys):
+def test_downloads_are_checked_and_whole(tmp_path, capsys, monkeypatch):
     content = idx(np.arange(5, dtype=np.uint8))
     whole = gzip.compress(content)
     right = hashlib.sha256(whole).hexdigest()
@@ -1752,6 +1752,13 @@ def test_downloads_are_checked_and_whole(tmp_path, capsys):
     assert list(path.parent.iterdir()) == []
     data.download(path, [bad, cut, good], right)
     assert data.read(path, 100) == content and list(path.parent.iterdir()) == [path]
+    with pytest.raises(NotADirectoryError, match="good"):  # no server's fault
+        data.download(served / "good" / "new" / "labels.gz", [good], right)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "write", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
+        data.download(path, [good, good], right)
+    assert data.write.call_count == 1
     capsys.readouterr()
     data.compare_with_published(path, right)
     assert capsys.readouterr().out == ""
@@ -2354,10 +2361,16 @@ def test_a_stopped_teacher_goes_on(tmp_path, glyphs_are_drawn_once):
     assert len(calls) == 2 and all(torch.equal(whole[k], again[k]) for k in whole)  # epochs 1 and 2 were there
     (done,) = (tmp_path / "parts").iterdir()
     assert done == half.with_suffix(".pt")
+    for damaged in (b"no file of torch's", done.read_bytes()[:-100]):
+        done.write_bytes(damaged)
+        with pytest.raises(models.NetworkError, match=f"{done.name}: damaged; delete it"):
+            train("parts")
     done.unlink()
     torch.save(dict(epochs=1, parts=[{}, {}, {}], random=None), half)
-    with pytest.raises(models.NetworkError, match=f"{half.name}: no half-trained teacher"):
-        train("parts")
+    for damaged in (half.read_bytes(), half.read_bytes()[:-100]):
+        half.write_bytes(damaged)
+        with pytest.raises(models.NetworkError, match=f"{half.name}: no half-trained teacher"):
+            train("parts")
 
 
 @pytest.mark.parametrize("name, arch", [("svhn", "wrn-10-1"), ("cifar100", "wrn-10-1"), ("fashion-mnist", "lenet5")])
@@ -2402,14 +2415,15 @@ def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyph
     real = glyphs_are_drawn_once
     usual = dict(name="lenet5", real=real, epochs=3, seed=0, precision="fp32")
     for change in ({}, dict(name="lenet5_half"), dict(real=real._replace(train_images=255 - real.train_images)),
-                   dict(epochs=4), dict(seed=1), dict(precision="bf16"), {}):  # fmt: skip
+                   dict(real=real._replace(train_labels=9 - real.train_labels)), dict(epochs=4), dict(seed=1),
+                   dict(precision="bf16"), {}):  # fmt: skip
         models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **{**usual, **change})
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 7
     for module, name, value in ((torch, "__version__", "2.99"), (torch, "get_num_threads", lambda: 99),
                                 (models, "teacher_lr", lambda name: 1.0)):  # fmt: skip
         monkeypatch.setattr(module, name, value)
         models.trained(tmp_path, "glyphs", info=GLYPHS, show=None, **usual)
-    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(tmp_path.iterdir())) == 10
 
 
 def altered(change):
@@ -3140,6 +3154,27 @@ class Detached(CNN):
         return super().forward(x).detach()
 
 
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.factor
+
+
+class BrokenBackward(CNN):
+    def forward(self, x):
+        return super().forward(Broken.apply(x))
+
+
+class Inference(CNN):
+    def train(self, mode=True):
+        assert not mode, "for inference only"
+        return super().train(mode)
+
+
 class Normalising(CNN):
     def forward(self, x):
         with torch.no_grad():
@@ -3385,7 +3420,7 @@ def test_any_network_as_a_classifier(own):
     assert len(models.trained_weights(thin)) == len(list(thin.parameters())) - 1  # without `scale`
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module.net."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module.net.", "_orig_mod.module."])
 def test_a_weight_that_a_layer_computes_is_that_of_the_file(own, tmp_path, prefix):
     arch, path = f"{own[1]}/nets.py:pruned", tmp_path / "teacher.pt"
     saved = models.build(arch, 10, 1, 28)
@@ -3444,6 +3479,8 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:CNN", "--student-arch nets.py:Auxiliary", "gives tuple"), ("nets.py:Detached", "", "passes no gradient"),
     ("nets.py:Normalising", "", "no gradient to its images"), ("nets.py:InPlace", "", "passes no gradient: Runtime.*"),
     ("nets.py:CNN", "--student-arch nets.py:InPlace", "passes no gradient: Runtime.*inplace"),
+    ("nets.py:BrokenBackward", "", "passes no gradient: AttributeError.*factor"),
+    ("nets.py:Inference", "", "cannot be used.*inference only"), ("loop.py:CNN", "", "no Python file"),
     ("n" * 300 + ".py:CNN", "", "name too long"),
     ("nets.py:CNN", "--student-arch lenet5", "lenet5 takes no images of 28"),
     ("nets.py:CNN", "--image-size 30", "no multiple of 4"),
@@ -3470,6 +3507,7 @@ def test_bad_networks(own, tmp_path, monkeypatch, teacher, flags, message, failu
     (tmp_path / "nets.py").write_text(NETS)
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)")
+    (tmp_path / "loop.py").symlink_to("loop.py")
     monkeypatch.chdir(tmp_path)
     assert re.search(message, failure(2, own[0], "CNN", f"--teacher-arch {teacher} {flags}", "out"))
     assert not (tmp_path / "out").exists()
