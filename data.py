@@ -553,7 +553,8 @@ def write(path, content):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, this fails, too, and would hide why
+            part.unlink()
 
 
 def save(path, tensors):
@@ -648,7 +649,8 @@ def svg_samples(pictures, count=32):
     left = 8 + 7 * max(len(name) for name, _ in pictures)
     for name, path in pictures:
         if not path.exists():
-            raise DataError(f"{path}: no such picture; --method noise makes none, other runs do")
+            raise DataError(f"{path}: no such picture; the run's command with --resume makes it, unless it was "
+                            "--method noise, which has none")  # fmt: skip
         content = read(path, 2**26)
         try:
             width, height, _, colour = struct.unpack(">IIBB", content[16:26])

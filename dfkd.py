@@ -610,7 +610,8 @@ class Run:
             data.finished(self.out)
         except data.DataError:
             return False
-        return (self.out / "student.pt").exists()
+        needed = ("student.pt",) if self.args.method == "noise" else ("student.pt", "samples.png")
+        return all((self.out / name).is_file() for name in needed)
 
     def foreign(self):
         return RunError(f"{self.out}/checkpoint.pt: damaged, or not this version's; begin elsewhere, with --out DIR")
@@ -626,8 +627,12 @@ class Run:
                 raise RunError(f"{self.out}: began with another {what}; give the same to resume")
         if self.saved and self.done.get("student") == self.args.steps:  # the record names what computed the numbers
             self.commit, self.torch = self.saved["commit"], self.saved["torch"]
-        elif self.saved and self.saved["commit"] != self.commit:
-            print(f"{self.out}: began with commit {self.saved['commit']} of this program, goes on with {self.commit}")
+        elif self.saved:
+            then = self.saved
+            for what, was, now in (("commit {} of this program", then["commit"], self.commit),
+                                   ("torch {}", then["torch"], self.torch)):  # fmt: skip
+                if was != now:
+                    print(f"{self.out}: began with {what.format(was)}, goes on with {now}")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
 
     def keep(self, **parts):
@@ -721,6 +726,9 @@ class Run:
 
         It comes after the last step and its checkpoint: what it draws, and what it changes in G, changes no result.
         """
+        if not all(x.isfinite().all() for x in batches):  # no loss came after that step
+            print("note: the generator or the memory became NaN in its last step; there are no figures of its images")
+            return None, None
         student = self.kept["S"].eval()
         with torch.no_grad():
             t, s = (torch.cat([net(x) for x in batches]) for net in (self.teacher, student))
@@ -902,7 +910,7 @@ def parser():
     group = top.add_argument_group("finished runs: distil nothing")
     add, add_one = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add_one("--plot", nargs="+", metavar="RUN", help="draw accuracies into --out (runs/curves.svg)")
-    add("--over", choices=("steps", "minutes"), default="steps", help="what --plot draws them over (default: steps)")
+    add("--over", choices=("steps", "minutes"), help="what --plot draws them over (default: steps)")
     add_one("--pictures", nargs="+", metavar="RUN", help="put samples into --out (runs/samples.svg)")
     add_one("--table", nargs="+", metavar="RUN", help="print a row for runs that differ in the seed alone")
     return top
@@ -916,8 +924,12 @@ def parse(argv):
     for key, value in given.items():
         if value == "":  # of a shell variable that is not set
             top.error(f"{flag(key)} is empty")
+    if args.over and not args.plot:
+        top.error("--over means nothing without --plot")
+    if args.table and args.out:
+        top.error("--out means nothing to --table, which prints")
     if args.plot or args.pictures or args.table:
-        if args.out and os.path.isdir(args.out) and not args.table:
+        if args.out and os.path.isdir(args.out):
             top.error(f"--out {args.out}: a folder; give a FILE.svg")
         return args
     try:
@@ -980,8 +992,11 @@ def name_data(args, error):
         if args.teacher and getattr(args, key) is not None:
             error(f"{flag(key)} means nothing with --teacher FILE, which is trained")
     args.teacher_seed = args.teacher_seed or 0
-    if args.export and not (args.export.endswith(".pt2") and Path(args.export).parent.is_dir()):
-        error(f"--export {args.export}: give a FILE.pt2 in a folder that is there")
+    export = Path(args.export or "")
+    if args.export and (export.suffix != ".pt2" or export.is_dir() or not os.access(export.parent, os.W_OK)):
+        error(f"--export {args.export}: give a FILE.pt2 in a folder that is there and can be written")
+    if args.export and args.teacher and export.exists() and export.samefile(args.teacher):
+        error(f"--export {args.export}: is the teacher's file; give another")
     args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS.get(args.dataset)
 
 
@@ -1249,7 +1264,7 @@ def main(argv=None):
         texts = ("DefaultCPUAllocator", "size calculation overflowed")  # torch has no class of its own for CPU memory
         problem, code = models.own_failure(error), 1
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in texts):
-            problem = "out of memory: give a smaller --batch, --width, --image-batch or --bank-size"
+            problem = "out of memory: give a smaller --batch, --width, --latent, --image-batch or --bank-size"
         if problem is None:
             raise
     except KeyboardInterrupt as stop:

@@ -14,9 +14,11 @@
 # torch 2.6 is the first whose torch.load(weights_only=True) is safe with hostile files (CVE-2025-32434).
 # Where the current python3 (or $PYTHON) already has torch, it is used as it is; else everything goes into .venv.
 set -euo pipefail
-cd "$(dirname "$0")"
+CDPATH="" cd -- "$(dirname -- "$0")"
 
 fail() { echo "run.sh: $1" >&2; exit "${2:-1}"; }
+
+[ -f dfkd.py ] || fail "no dfkd.py in $PWD; call run.sh where it lies, not by a link"  # .venv would be made there
 
 # Whether interpreter $1 can import numpy, a recent torch and, where it is named, module $2.
 has() {

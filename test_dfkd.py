@@ -1793,6 +1793,11 @@ def test_a_write_is_synced_and_a_failed_one_leaves_the_earlier_file(tmp_path, mo
     assert synced == [path.stat().st_ino]
     with pytest.raises(OSError, match="No space left on device: '.*file'"):
         data.write(path, b"later")
+    with monkeypatch.context() as read_only:
+        for name in ("open", "unlink"):
+            read_only.setattr(Path, name, Mock(side_effect=OSError(30, "Read-only file system", "part")))
+        with pytest.raises(OSError, match="Read-only file system: '.*file'"):
+            data.write(path, b"later")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"earlier")]
 
 
@@ -2014,6 +2019,26 @@ def test_the_help_has_every_flag():
     assert all(flag in text for action in dfkd.parser()._actions for flag in action.option_strings)
 
 
+def test_an_export_that_could_not_be_written_is_refused_at_once(failure, monkeypatch, tmp_path):
+    monkeypatch.setattr(dfkd, "distil", None)
+    teacher, folder = tmp_path / "teacher.pt2", tmp_path / "folder.pt2"
+    torch.save(LENET, teacher)
+    folder.mkdir()
+    for path, reason in ((teacher, "is the teacher's file"), (folder, "give a FILE.pt2")):
+        assert reason in failure(2, dfkd.main, ["--teacher", str(teacher), "--export", str(path)])
+    (tmp_path / "link.pt2").symlink_to(teacher)
+    assert "the teacher's" in failure(2, dfkd.main, f"--teacher {teacher} --export {tmp_path}/link.pt2".split())
+
+
+def test_there_are_no_figures_of_images_that_are_nan(command, tmp_path, capsys):
+    flags = "--method dafl --steps 1 --student-steps 1 --generator-lr 1e30"
+    assert command("a", flags) == 0
+    result, printed = result_of(tmp_path / "a"), capsys.readouterr().out
+    assert result["agreement_fresh"] is None and result["diversity"] is None
+    assert "note: the generator or the memory became NaN" in printed and "agrees" not in printed
+    assert dfkd.main(["--table", str(tmp_path / "a")]) == 0
+
+
 def test_a_finished_run_can_still_be_exported(command, tmp_path):
     assert command("a", "--method noise") == 0
     assert command("a", f"--method noise --resume --export {tmp_path}/student.pt2") == 0
@@ -2078,6 +2103,12 @@ def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, 
     said = capsys.readouterr().out
     assert "nothing is left to do" in said and "goes on with" not in said
     assert result_of(tmp_path / "a") == result
+    monkeypatch.undo()
+    picture = tmp_path / "a" / "samples.png"
+    drawn = picture.read_bytes()
+    picture.unlink()
+    assert dfkd.main(small(f"{flags} --resume")) == 0
+    assert picture.read_bytes() == drawn
 
 
 def test_a_run_that_trains_its_teacher_is_the_run_that_finds_it(made_data_sets, tmp_path):
@@ -2498,8 +2529,11 @@ def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monke
     with backward_passes(until=10):
         assert blind(tmp_path) == 130
     monkeypatch.setattr(data, "git_commit", lambda: "other")
+    altered(lambda saved: saved.update(torch="2.0"))(tmp_path / "checkpoint.pt")
     assert blind(tmp_path, "--resume") == 0
-    assert "began with commit one of this program, goes on with other" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "began with commit one of this program, goes on with other" in said
+    assert f"began with torch 2.0, goes on with {torch.__version__}\n" in said
     monkeypatch.setattr(data, "git_commit", lambda: "third")
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert blind(tmp_path, "--resume") == 0
@@ -2815,7 +2849,8 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--method pre --decay-every 9", "--decay-every means nothing without --student-decay cosine"),
     ("--method pre --no-balanced --latent-lr 1", "--latent-lr means nothing without --balanced"),
     ("--replay bank --latent-lr 1", "--latent-lr means nothing without --replay vae"),
-    ("--out dfkd.py", "dfkd.py: a file; give a folder"),
+    ("--out dfkd.py", "dfkd.py: a file; give a folder"), ("--table a", "--out means nothing to --table"),
+    ("--over minutes", "--over means nothing without --plot"), ("--export data.py", "give a FILE.pt2"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, failure, monkeypatch, tmp_path):
     monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
@@ -3684,6 +3719,20 @@ def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job, seed
 def test_the_main_job_is_rdskd(tmp_path):
     printed = run_sh(tmp_path, "--seed 3", '[ "$1" = -c ] || echo "$@"', seeds="")
     assert printed == "dfkd.py --method rdskd --seed 3\n"
+
+
+def test_run_sh_works_in_its_own_folder_only(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / HERE.name).mkdir(parents=True)  # where cd would go by CDPATH
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || pwd\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "CDPATH": str(elsewhere)}
+    ran = subprocess.run(["bash", f"{HERE.name}/run.sh"], env=env, cwd=HERE.parent, capture_output=True, text=True)
+    assert Path(ran.stdout.strip()).samefile(HERE)
+    (tmp_path / "run.sh").symlink_to(HERE / "run.sh")
+    ran = subprocess.run(["bash", tmp_path / "run.sh"], env=env, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "") and ran.stderr.startswith("run.sh: no dfkd.py in")
 
 
 def test_the_claims_end_with_a_line_for_each_method(tmp_path):
