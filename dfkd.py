@@ -628,11 +628,11 @@ class Run:
         if self.saved and self.done.get("student") == self.args.steps:  # the record names what computed the numbers
             self.commit, self.torch = self.saved["commit"], self.saved["torch"]
         elif self.saved:
-            then = self.saved
-            for what, was, now in (("commit {} of this program", then["commit"], self.commit),
-                                   ("torch {}", then["torch"], self.torch)):  # fmt: skip
-                if was != now:
-                    print(f"{self.out}: began with {what.format(was)}, goes on with {now}")
+            commit, version = self.saved["commit"], self.saved["torch"]
+            if commit != self.commit:
+                print(f"{self.out}: began with commit {commit} of this program, goes on with {self.commit}")
+            if version != self.torch:
+                print(f"{self.out}: began with torch {version}, goes on with {self.torch}")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
 
     def keep(self, **parts):
@@ -992,11 +992,12 @@ def name_data(args, error):
         if args.teacher and getattr(args, key) is not None:
             error(f"{flag(key)} means nothing with --teacher FILE, which is trained")
     args.teacher_seed = args.teacher_seed or 0
-    export = Path(args.export or "")
-    if args.export and (export.suffix != ".pt2" or export.is_dir() or not os.access(export.parent, os.W_OK)):
-        error(f"--export {args.export}: give a FILE.pt2 in a folder that is there and can be written")
-    if args.export and args.teacher and export.exists() and export.samefile(args.teacher):
-        error(f"--export {args.export}: is the teacher's file; give another")
+    if args.export:
+        export = Path(args.export)
+        if export.suffix != ".pt2" or export.is_dir() or not os.access(export.parent, os.W_OK):
+            error(f"--export {args.export}: give a FILE.pt2 in a folder that is there and can be written")
+        if args.teacher and export.exists() and export.samefile(args.teacher):
+            error(f"--export {args.export}: is the teacher's file; give another")
     args.teacher_epochs = args.teacher_epochs or TEACHER_EPOCHS.get(args.dataset)
 
 

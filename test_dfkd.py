@@ -3688,12 +3688,17 @@ def test_the_readmes_own_network_is_distilled_as_it_stands(tmp_path, monkeypatch
 # ---------------------------------------------------------------- ./run.sh table, ./run.sh claims
 
 
-def run_sh(tmp_path, job, script, seeds):
-    """Run a job of run.sh with a Python that is this shell script -> what it prints."""
+def with_python(tmp_path, script, **variables):
+    """The environment for a run.sh whose Python is this shell script."""
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "SEEDS": seeds}
+    return {**os.environ, "PYTHON": str(python), **variables}
+
+
+def run_sh(tmp_path, job, script, seeds):
+    """Run a job of run.sh with a Python that is this shell script -> what it prints."""
+    env = with_python(tmp_path, script, SEEDS=seeds)
     return subprocess.check_output([HERE / "run.sh", *job.split()], env=env, text=True)
 
 
@@ -3724,10 +3729,7 @@ def test_the_main_job_is_rdskd(tmp_path):
 def test_run_sh_works_in_its_own_folder_only(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / HERE.name).mkdir(parents=True)  # where cd would go by CDPATH
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] || pwd\n')
-    python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "CDPATH": str(elsewhere)}
+    env = with_python(tmp_path, '[ "$1" = -c ] || pwd', CDPATH=str(elsewhere))
     ran = subprocess.run(["bash", f"{HERE.name}/run.sh"], env=env, cwd=HERE.parent, capture_output=True, text=True)
     assert Path(ran.stdout.strip()).samefile(HERE)
     (tmp_path / "run.sh").symlink_to(HERE / "run.sh")
