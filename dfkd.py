@@ -1123,6 +1123,8 @@ def distil(args):
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}")  # fmt: skip
     print(schedule_text(args), flush=True)
+    if not repeatable(args):
+        print("note: on a GPU, --ours augment does not give the same bits again where images are optimised")
     with data.claimed(out, FILES, args.resume):
         run = Run(args, info)
         if run.complete():
@@ -1161,6 +1163,11 @@ def distil(args):
                 print(f"exported {args.export}")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with --resume goes on from {out}" if run.done else "") from None
+
+
+def repeatable(args):
+    """Whether this command gives the same bits again: on a GPU, the gradient of grid_sample has no fixed order."""
+    return args.device == "cpu" or not args.images or "augment" not in args.ours
 
 
 def schedule_text(args):

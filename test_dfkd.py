@@ -2244,15 +2244,26 @@ def test_on_a_gpu(tmp_path, flags, capsys):
         teacher = f"--teacher-epochs 1 --teacher-dir {tmp_path / 'teachers'}"
         return dfkd.main(small(f"{flags} {teacher} --device cuda --precision auto --out {tmp_path / out} --resume"))
 
-    assert run("first") == 0 and "of the GPU's" in capsys.readouterr().out
+    assert run("first") == 0
+    printed, free = capsys.readouterr().out, any(name in flags for name in ("soft-target", "zskd"))
+    assert "of the GPU's" in printed and ("does not give the same bits" in printed) == free
     with backward_passes() as calls:
         assert run("a") == 0
     with backward_passes(until=len(calls) // 2):
         assert run("b") == 130
     assert run("b") == 0
     a, b = (torch.load(tmp_path / out / "student.pt", weights_only=True) for out in "ab")
-    free = any(name in flags for name in ("soft-target", "zskd"))
     assert free or all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("flags, device, same", [
+    ("--method zskd", "cuda", False), ("--method zskd", "cpu", True), ("--method zskd --ours range", "cuda", True),
+    ("--method deepinversion --ours augment", "cuda", False), ("--method rdskd --ours augment", "cuda", True),
+])  # fmt: skip
+def test_which_runs_give_the_same_bits_again(flags, device, same):
+    args = dfkd.parse(flags.split())
+    args.device = device
+    assert dfkd.repeatable(args) == same
 
 
 # ---------------------------------------------------------------- runs that are interrupted
