@@ -128,7 +128,9 @@ ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
     "image_batch":       (500, 500, 500, 100, 100),  # [C]
     "image_steps":       (100, 100, 100, 1500, 1500),  # [C]
     "image_lr":          (0.1, 0.1, 0.1, 3.2e-3, 5e-3),  # 1e-3 of pixels in [0, 1] [C], over their deviation
-    "ours":              (("smooth", "range", "settle", "augment", "sum"),) * 3 + ((), ()),
+    # mix: 40.2 instead of 25.4, 40.3 instead of 24.2 (WRN-40-2, two seeds of S, training images S never sees)
+    "ours":              (("smooth", "range", "settle", "augment", "sum"),) * 2
+                         + (("smooth", "range", "settle", "augment", "sum", "mix"), (), ()),
     "temperature":       (20.0, 20.0, 20.0, 20.0, 20.0),  # [C]
     "batch":             (64, 64, 256, 64, 64),  # [C]
     "steps":             (20_000, 20_000, 20_000, 500 * 24_000 // 64, 500 * 40_000 // 64),  # 500 epochs [C]

@@ -110,15 +110,15 @@ natural_on_a_cpu() {
     local short=(--teacher-epochs 10 --steps 2000) name="" L_bn=10 teacher method memory layer
     local images=("${short[@]}" --batch 64 --images 1024 --image-batch 256 --image-steps 200)
     local generator=("${short[@]}" --batch 128 --width 64)
-    local no_mix=(--ours smooth range settle augment scale sum)  # soft targets as when they were measured
+    local no_mix=(--ours smooth range settle augment scale sum)  # rows without mix are as when they were measured
     for teacher in wrn-16-2 wrn-40-2; do
         for method in kd noise; do
             row $name$method --teacher-arch $teacher --method $method "${short[@]}" --batch 64
         done
         row ${name}deepinversion --teacher-arch $teacher --method deepinversion "${images[@]}" \
-            --loss-weights 0.001 0 $L_bn --ours smooth range settle sum  # without mix, as when it was measured
+            --loss-weights 0.001 0 $L_bn --ours smooth range settle sum
         row ${name}soft-target --teacher-arch $teacher --method soft-target "${images[@]}" "${no_mix[@]}"
-        row ${name}zskd --teacher-arch $teacher --method zskd "${images[@]}"
+        row ${name}zskd --teacher-arch $teacher --method zskd "${images[@]}" --ours smooth range settle augment sum
         for method in rdskd dafl; do row $name$method --teacher-arch $teacher --method $method "${generator[@]}"; done
         for memory in none vae bank; do
             row ${name}pre-$memory --teacher-arch $teacher --method pre --replay $memory "${generator[@]}"
