@@ -86,7 +86,9 @@ DAFL = {  # and MSKD, for which all of it is ours [I]
     "temperature":       (10.0, 10.0, 10.0, 1.0, 1.0),  # [C]; 97.4 % with 10, 96.3 % with 1 (validation, without range)
     "student_optimiser": ("adam", "adam", "sgd", "adam", "sgd"),  # [C]
     "student_lr":        (1e-2, 1e-2, 0.1, 2e-3, 0.1),  # [C]
-    "student_decay":     ("cycle", "cycle", "cosine", "none", "drops"),  # [C]
+    # natural: without a warm-up, 60 steps leave 98 % of the channels of ResNet-18's last block dead, with one none;
+    # WRN-40-2: 59.0 instead of 51.7 (2000 steps, training images S never sees)
+    "student_decay":     ("cycle", "cycle", "cycle", "none", "drops"),  # [C]
     "eval_every":        (0, 0, 0, EPOCH, 10 * EPOCH),  # [I]
     # augment: 98.0 instead of 97.5 (validation, 3 seeds, 3000 steps), better with two of three teachers; on glyphs 98.6
     # instead of 98.3, MSKD 98.0 instead of 97.8 (validation, 1 seed)
@@ -103,7 +105,8 @@ PRE = {
     "student_optimiser": ("adam", "adam", "sgd", "adam", "sgd"),  # [C]
     # paper mnist: 0.1 is the default of the authors' flag; LeNet-5-half dies in the first epoch (3 of 3 teachers)
     "student_lr":        (1e-2, 1e-2, 0.1, 0.1, 0.1),  # [C]; 97.2, 95.7 with 3e-3 (validation, 3 seeds, no replay)
-    "student_decay":     ("cycle", "cycle", "cosine", "cosine", "cosine"),  # [C]; that MNIST's Adam has it, too: [I]
+    # natural: as DAFL's; WRN-40-2: 56.8 instead of 53.8 (2000 steps, no replay, training images S never sees)
+    "student_decay":     ("cycle", "cycle", "cycle", "cosine", "cosine"),  # [C]; that MNIST's Adam has it, too: [I]
     "decay_every":       (1, 1, 1, 36 * 10, 36 * 10),  # the cosine moves once an epoch [C]
     "eval_every":        (0, 0, 0, 36 * 10, 36 * 10),  # every epoch [P]
     "replay":            ("vae", "vae", "vae", "vae", "vae"),  # [P]
