@@ -35,7 +35,6 @@ import tempfile
 import textwrap
 import time
 import traceback
-import warnings
 import zlib
 from pathlib import Path
 
@@ -742,7 +741,6 @@ def set_up_torch(threads):
     call_mkl()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    warnings.filterwarnings("ignore", "grid_sampler_2d_backward_cuda")  # dfkd.repeatable says so in one line
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:

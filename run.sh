@@ -96,9 +96,8 @@ natural_on_a_gpu() {
     for method in soft-target dafl rdskd deepinversion kd; do
         row resnet-$method --teacher-arch resnet34 --method $method
     done
-    for method in deepinversion dafl zskd pre rdskd soft-target kd; do
-        row wrn-$method --teacher-arch wrn-40-2 --method $method
-    done
+    row wrn-deepinversion --teacher-arch wrn-40-2 --method deepinversion --loss-weights 0.001 0 1
+    for method in dafl zskd pre rdskd soft-target kd; do row wrn-$method --teacher-arch wrn-40-2 --method $method; done
     for layer in fc2 logits; do
         row alexnet-soft-target-$layer --teacher-arch alexnet --method soft-target --layer $layer
     done
@@ -109,7 +108,7 @@ natural_on_a_gpu() {
 natural_on_a_cpu() {
     local short=(--teacher-epochs 10 --steps 2000) name="" L_bn=10 teacher method memory layer
     local images=("${short[@]}" --batch 64 --images 1024 --image-batch 256 --image-steps 200)
-    local generator=("${short[@]}" --batch 128 --width 64 --student-decay cosine)  # the default as they were measured
+    local generator=("${short[@]}" --batch 128 --width 64 --student-decay cosine)  # the default when measured
     local no_mix=(--ours smooth range settle augment scale sum)  # rows without mix are as when they were measured
     for teacher in wrn-16-2 wrn-40-2; do
         for method in kd noise; do
