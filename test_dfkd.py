@@ -2926,6 +2926,8 @@ def test_schedules_follow_the_kind_of_data():
     for method in ("deepinversion", "soft-target", "zskd"):
         mix = {name: "mix" in numbers(f"--method {method} --dataset {name}")["ours"] for name in ("mnist", "cifar10")}
         assert mix == {"mnist": False, "cifar10": True}
+    for method in ("dafl", "mskd", "pre"):  # SGD with a warm-up
+        assert numbers(f"--method {method} --dataset cifar10")["student_decay"] == "cycle"
     rounds = numbers("--method pre --steps 25 --eval-every 25")
     assert (rounds["steps"], rounds["eval_every"]) == (30, 30)  # rounds of 10 are whole
 
