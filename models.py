@@ -544,9 +544,9 @@ def student_optimiser(student, kind, lr, decay, steps, every, drops):
     kind "adam" or "sgd"; decay "none", "cosine" (it moves once in `every` steps), "cycle" or "drops" (each to a tenth,
     after so many steps).
 
-    The cycle warms up, which matters for networks without BatchNorm: at RDSKD's default rate of 0.01, two fifths of the
-    units of LeNet-5-half's last convolution die without it, one fifth with it. torch's cycle moves the momentum (Adam:
-    beta_1) as well, from 0.95 to 0.85 and back.
+    The cycle warms up. Without it units die: at RDSKD's default rate of 0.01, two fifths of LeNet-5-half's last
+    convolution (with it one fifth); at DAFL's 0.1 of SGD, 98 % of ResNet-18's last block after 60 steps (with it none).
+    torch's cycle moves the momentum (Adam: beta_1) as well, from 0.95 to 0.85 and back.
     """
     optimiser = sgd(student, lr) if kind == "sgd" else adam(student, lr)
     if decay == "cycle":

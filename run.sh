@@ -109,7 +109,7 @@ natural_on_a_cpu() {
     local short=(--teacher-epochs 10 --steps 2000) name="" L_bn=10 teacher method memory layer
     local images=("${short[@]}" --batch 64 --images 1024 --image-batch 256 --image-steps 200)
     local generator=("${short[@]}" --batch 128 --width 64 --student-decay cosine)  # the default when measured
-    local no_mix=(--ours smooth range settle augment scale sum)  # rows without mix are as when they were measured
+    local no_mix=(--ours smooth range settle augment scale sum)  # no row has mix: as when they were measured
     for teacher in wrn-16-2 wrn-40-2; do
         for method in kd noise; do
             row $name$method --teacher-arch $teacher --method $method "${short[@]}" --batch 64
