@@ -93,7 +93,7 @@ table() {
 natural_on_a_gpu() {
     local method memory layer
     for memory in vae bank none; do row resnet-pre-$memory --teacher-arch resnet34 --method pre --replay $memory; done
-    for method in soft-target dafl rdskd deepinversion kd; do
+    for method in soft-target dafl mskd rdskd zskd deepinversion kd; do
         row resnet-$method --teacher-arch resnet34 --method $method
     done
     row wrn-deepinversion --teacher-arch wrn-40-2 --method deepinversion --loss-weights 0.001 0 1
@@ -108,17 +108,17 @@ natural_on_a_gpu() {
 natural_on_a_cpu() {
     local short=(--teacher-epochs 10 --steps 2000) name="" L_bn=10 teacher method memory layer
     local images=("${short[@]}" --batch 64 --images 1024 --image-batch 256 --image-steps 200)
-    local generator=("${short[@]}" --batch 128 --width 64 --student-decay cosine)  # the default when measured
-    local no_mix=(--ours smooth range settle augment scale sum)  # no row has mix: as when they were measured
+    local generator=("${short[@]}" --batch 128 --width 64)
     for teacher in wrn-16-2 wrn-40-2; do
         for method in kd noise; do
             row $name$method --teacher-arch $teacher --method $method "${short[@]}" --batch 64
         done
         row ${name}deepinversion --teacher-arch $teacher --method deepinversion "${images[@]}" \
-            --loss-weights 0.001 0 $L_bn --ours smooth range settle sum
-        row ${name}soft-target --teacher-arch $teacher --method soft-target "${images[@]}" "${no_mix[@]}"
-        row ${name}zskd --teacher-arch $teacher --method zskd "${images[@]}" --ours smooth range settle augment sum
-        for method in rdskd dafl; do row $name$method --teacher-arch $teacher --method $method "${generator[@]}"; done
+            --loss-weights 0.001 0 $L_bn
+        for method in soft-target zskd; do row $name$method --teacher-arch $teacher --method $method "${images[@]}"; done
+        for method in rdskd dafl mskd; do
+            row $name$method --teacher-arch $teacher --method $method "${generator[@]}"
+        done
         for memory in none vae bank; do
             row ${name}pre-$memory --teacher-arch $teacher --method pre --replay $memory "${generator[@]}"
         done
@@ -126,8 +126,7 @@ natural_on_a_cpu() {
     done
     row alexnet-kd --teacher-arch alexnet --method kd "${short[@]}" --batch 64
     for layer in fc2 logits; do
-        row alexnet-soft-target-$layer --teacher-arch alexnet --method soft-target --layer $layer "${images[@]}" \
-            "${no_mix[@]}"
+        row alexnet-soft-target-$layer --teacher-arch alexnet --method soft-target --layer $layer "${images[@]}"
     done
 }
 
