@@ -115,7 +115,9 @@ natural_on_a_cpu() {
         done
         row ${name}deepinversion --teacher-arch $teacher --method deepinversion "${images[@]}" \
             --loss-weights 0.001 0 $L_bn
-        for method in soft-target zskd; do row $name$method --teacher-arch $teacher --method $method "${images[@]}"; done
+        for method in soft-target zskd; do
+            row $name$method --teacher-arch $teacher --method $method "${images[@]}"
+        done
         for method in rdskd dafl mskd; do
             row $name$method --teacher-arch $teacher --method $method "${generator[@]}"
         done
