@@ -461,7 +461,8 @@ def soft_target_loss(logits, targets, temperature):
 def dirichlet_concentrations(weight):
     """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
 
-    weight (K, M) of the teacher's last layer -> (K, K). ZSKD [C].
+    weight (K, M) of the teacher's last layer -> (K, K). ZSKD [C]. Of two classes it gives the identity, whatever the
+    weights: all labels are one-hot then.
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)

@@ -916,6 +916,19 @@ def test_rdskd_takes_its_reference_in_the_second_iteration_of_an_epoch(watch, mo
     assert references == [[0, 0], [0, 0], *[list(seen[1])] * 5, *[list(seen[6])] * 5, list(seen[11])]
 
 
+def test_rdskd_keeps_its_reference_in_the_precision_of_g(monkeypatch):
+    def in_float64(*args, build=dfkd.image_generator):
+        G, optimiser = build(*args)
+        return G.double(), optimiser
+
+    monkeypatch.setattr(dfkd, "image_generator", in_float64)
+    args = dfkd.parse("--batch 4 --latent 4 --width 4 --device cpu --precision fp32 --ours".split())
+    record = Recorder(rounds=2)
+    dfkd.rdskd(*(models.LeNet5((2, 2, 4, 6), 10, 1).double() for _ in "TS"), GLYPHS, args, record)
+    seen = [record.logged["generator", name][1] for name in ("L_oh", "L_ie")]
+    assert record.kept["reference"].tolist() == seen  # equal: not rounded to float32
+
+
 def test_rdskd_trains_its_generator_and_then_freezes_it(watch):
     record, events = watch("--method rdskd --generator-steps 3 --steps 4")
     modes = [(e.stage, e.training) for e in events if e.who == "G"]
