@@ -804,6 +804,11 @@ def flag(key):
     return f"--{key.replace('_', '-')}"
 
 
+def typed(key, args):
+    """An argument's name as it was given: `--no-balanced` where its value is False."""
+    return flag(f"no_{key}" if getattr(args, key) is False else key)
+
+
 def number(kind, least, most=None, auto=False):
     """argparse's type for a number of this kind within these bounds, or for the word `auto`."""
     most = most or {int: 2**31 - 1, float: 1e30}[kind]
@@ -930,14 +935,16 @@ def parse(argv):
     for key, value in given.items():
         if value == "":  # of a shell variable that is not set
             top.error(f"{flag(key)} is empty")
-    if args.over and not args.plot:
+    for job, its in dict(plot=("plot", "over", "out"), pictures=("pictures", "out"), table=("table",)).items():
+        if given[job]:
+            for key in given:
+                if key not in its and given[key] != top.get_default(key):
+                    top.error(f"{typed(key, args)} means nothing to --{job}, which distils nothing")
+            if args.out and os.path.isdir(args.out):
+                top.error(f"--out {args.out}: a folder; give a FILE.svg")
+            return args
+    if args.over:
         top.error("--over means nothing without --plot")
-    if args.table and args.out:
-        top.error("--out means nothing to --table, which prints")
-    if args.plot or args.pictures or args.table:
-        if args.out and os.path.isdir(args.out):
-            top.error(f"--out {args.out}: a folder; give a FILE.svg")
-        return args
     try:
         name_data(args, top.error)
         name_networks(args, top.error)
@@ -1092,7 +1099,7 @@ def fill_schedule(args, error):
     for key in keys.keys() - given:
         setattr(args, key, numbers.get(key))
     for key in given:
-        text = flag(f"no_{key}" if getattr(args, key) is False else key)
+        text = typed(key, args)
         if key not in numbers:
             error(f"{text} means nothing to --method {args.method}")
         needed = lacking(key, args)
@@ -1185,7 +1192,7 @@ def schedule_text(args):
         if lacking(key, args):
             continue
         if isinstance(value, bool):
-            flags.append(flag(key if value else f"no_{key}"))
+            flags.append(typed(key, args))
         else:
             flags.append(f"{flag(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".strip())
     lines = textwrap.wrap("  ".join(flags), 105, break_on_hyphens=False)

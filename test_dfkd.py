@@ -2875,6 +2875,8 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--replay bank --latent-lr 1", "--latent-lr means nothing without --replay vae"),
     ("--out dfkd.py", "dfkd.py: a file; give a folder"), ("--table a", "--out means nothing to --table"),
     ("--over minutes", "--over means nothing without --plot"), ("--export data.py", "give a FILE.pt2"),
+    ("--plot a --method pre", "--method means nothing to --plot"),
+    ("--pictures a --no-balanced", "--no-balanced means nothing to --pictures"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, failure, monkeypatch, tmp_path):
     monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
