@@ -542,14 +542,15 @@ def compare_with_published(path, checksum):
 
 
 def write(path, content):
-    """Write a file so that it is there whole or not at all, after a power cut too."""
-    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")  # others may be after the same file
+    """Write a file so that it is there whole or not at all, after a power cut too. A link stays a link."""
+    target = path.resolve()
+    part = target.with_name(f"{target.name}.{platform.node()}.{os.getpid()}.part")  # others may be after the same file
     try:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else the new name may reach the disk before the content
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -761,11 +762,11 @@ def finished(folder):
         if len(trained) > 3:
             for key in ("L_oh", "L_ie"):
                 figures[f"{key} deviation"] = statistics.stdev(float(row[key]) for row in trained[len(trained) // 2 :])
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error):
         raise damaged from None
-    if any(None in row or None in row.values() for row in rows):  # a row of another length
+    if not rows or any(None in row or None in row.values() for row in rows):  # a row of another length
         raise damaged
     if not curve:
         raise DataError(f"{folder}: the run was not evaluated, it has no accuracies")

@@ -361,7 +361,7 @@ def zskd(teacher, student, info, args, run):
 
 def deepinversion(teacher, student, info, args, run):
     """DeepInversion [C]: images of each class that have T's BatchNorm statistics and look smooth."""
-    if not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()):
+    if not any(isinstance(m, generators.BATCH_NORM) for m in teacher.modules()):
         print(f"{args.teacher_arch} has no BatchNorm: DeepInversion's term of its statistics is absent")
 
     def make_images(index):
@@ -878,7 +878,7 @@ def parser():
     add("--decay-every", type=number(int, 1), metavar="N", help="student steps between moves of the cosine (pre)")
     add("--terms", nargs="+", choices=TERMS, metavar="L", help=f"rdskd: terms of L_G, of {' '.join(TERMS)}")
     add("--penalty", choices=("exp", "sum"), metavar="NAME", help="rdskd: exp of what L_oh, L_ie increase, or sum")
-    add("--temperature", type=number(float, 1e-12), metavar="TAU", help="of the distillation loss and of soft labels")
+    add("--temperature", type=number(float, 1e-6, 1e6), metavar="TAU", help="of L_kd and of soft labels")
     add("--loss-weights", type=number(float, 0), nargs="+", metavar="A", help="dafl, pre: L_oh, L_ie, L_a; mskd: "
         "L_ms in place of L_a; soft-target: L_a; deepinversion: TV, L2, BatchNorm")  # fmt: skip
     add("--images", type=number(int, 8), metavar="N", help="in the transfer set of methods that optimise them")
@@ -933,15 +933,16 @@ def parse(argv):
     given = vars(top.parse_args(argv))  # several values are a tuple, as in the schedules
     args = argparse.Namespace(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
     for key, value in given.items():
-        if value == "":  # of a shell variable that is not set
+        if value == "" or value == [""]:  # of a shell variable that is not set
             top.error(f"{flag(key)} is empty")
     for job, its in dict(plot=("plot", "over", "out"), pictures=("pictures", "out"), table=("table",)).items():
         if given[job]:
             for key in given:
                 if key not in its and given[key] != top.get_default(key):
                     top.error(f"{typed(key, args)} means nothing to --{job}, which distils nothing")
-            if args.out and os.path.isdir(args.out):
-                top.error(f"--out {args.out}: a folder; give a FILE.svg")
+            if args.out and not file_to_write(args.out, ".svg"):
+                what = "a folder" if os.path.isdir(args.out) else "no file of this kind"
+                top.error(f"--out {args.out}: {what}; give a FILE.svg")
             return args
     if args.over:
         top.error("--over means nothing without --plot")
@@ -959,9 +960,14 @@ def parse(argv):
         args.precision = "bf16" if models.fast_bf16(args.device) else "fp32"
     args.threads = args.threads or torch.get_num_threads()
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
         top.error(f"--out {args.out}: a file; give a folder")
     return args
+
+
+def file_to_write(path, suffix):
+    """Whether `path` names a file of this kind, and is neither a folder nor a device."""
+    return Path(path).suffix == suffix and (os.path.isfile(path) or not os.path.exists(path))
 
 
 DESCRIPTION = ("num_classes", "channels", "image_size", "mean", "std", "test")  # of a teacher without a data set
@@ -1001,13 +1007,13 @@ def name_data(args, error):
         error("--method kd distils on real images, --no-eval touches none")
     if args.teacher and not Path(args.teacher).is_file():
         error(f"--teacher {args.teacher}: no file there")
-    for key in ("teacher_epochs", "teacher_seed"):
-        if args.teacher and getattr(args, key) is not None:
+    for key, usual in dict(teacher_epochs=None, teacher_seed=None, teacher_dir="runs/teachers").items():
+        if args.teacher and getattr(args, key) != usual:
             error(f"{flag(key)} means nothing with --teacher FILE, which is trained")
     args.teacher_seed = args.teacher_seed or 0
     if args.export:
         export = Path(args.export)
-        if export.suffix != ".pt2" or export.is_dir() or not os.access(export.parent, os.W_OK):
+        if not file_to_write(export, ".pt2") or not os.access(export.parent, os.W_OK):
             error(f"--export {args.export}: give a FILE.pt2 in a folder that is there and can be written")
         if args.teacher and export.exists() and export.samefile(args.teacher):
             error(f"--export {args.export}: is the teacher's file; give another")
@@ -1029,8 +1035,10 @@ def name_networks(args, error):
             error(f"--teacher-arch {args.teacher_arch} has no usual student: give --student-arch NAME")
         student = models.sample(args.student_arch, data_info(args))
         if isinstance(student, models.Own):
-            if student.net is getattr(teacher, "net", None):
-                error(f"--student-arch {args.student_arch}: gives the teacher's very network; make a new one each time")
+            held = [set(map(id, [*net.parameters(), *net.buffers()])) for net in (teacher, student)]
+            if held[0] & held[1]:
+                error(f"--student-arch {args.student_arch}: gives the teacher's very network, or a part of it; make a "
+                      f"new one each time")  # fmt: skip
             student.check_that_it_trains()
             if args.export:  # an error now, not after the run
                 models.exported(student, data_info(args))
@@ -1042,7 +1050,7 @@ def name_networks(args, error):
 
 def fit_method(teacher, method):
     """Raises NetworkError if the method needs more of the user's network than it has."""
-    problem, layers = None, [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    problem, layers = None, [m for m in teacher.modules() if isinstance(m, generators.BATCH_NORM)]
     if method in ("pre", "dafl", "soft-target", "zskd") and teacher.last is None:
         problem = f"no nn.Linear is called in it, and --method {method} needs the last one; take rdskd or mskd"
     elif method in ("soft-target", "zskd") and not teacher.ends_there:
@@ -1281,7 +1289,8 @@ def main(argv=None):
     except OSError as error:
         if error.filename is None:
             sys.stdout = open(os.devnull, "w")  # else Python tries again at its end, and complains
-        problem, code = f"{error.filename or 'standard output'}: {error.strerror or error}", 1
+        problem = models.own_failure(error) or f"{error.filename or 'standard output'}: {error.strerror or error}"
+        code = 1
     except (Exception, SystemExit) as error:
         texts = ("DefaultCPUAllocator", "size calculation overflowed")  # torch has no class of its own for CPU memory
         problem, code = models.own_failure(error), 1
@@ -1291,7 +1300,8 @@ def main(argv=None):
             raise
     except KeyboardInterrupt as stop:
         if __name__ == "__main__":  # the end is short: a second Ctrl-C would only make it untidy
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(kind, signal.SIG_IGN)
         problem, code = f"stopped; {stop if str(stop) else 'run the same command again'}", 130
     print(f"dfkd.py: {problem}", file=sys.stderr)
     return code

@@ -544,13 +544,18 @@ def batch_norm_loss(inputs, running_mean, running_var):
     return vector_norm(mean - running_mean) + vector_norm(var - running_var)
 
 
+BATCH_NORM = nn.BatchNorm2d, nn.SyncBatchNorm  # the second: what training on several GPUs makes of the first
+
+
 def batch_norm_inputs(net, x):
-    """net(x), and [(layer, input), ...] of the BatchNorm2d layers on its way. No hook stays, after an error either."""
+    """net(x), and [(layer, input), ...] of the BATCH_NORM layers on its way. No hook stays, after an error either."""
     inputs = []
-    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    layers = [m for m in net.modules() if isinstance(m, BATCH_NORM)]
 
     def note(layer, h, named):
-        inputs.append((layer, h[0] if h else named["input"]))
+        h = h[0] if h else named["input"]
+        if h.dim() == 4:  # a SyncBatchNorm may follow an nn.Linear, too
+            inputs.append((layer, h))
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers]
     try:

@@ -320,9 +320,11 @@ class Own(Classifier):
         """Raises NetworkError if it cannot be a student. Its BatchNorms are left as they are."""
         before = copy.deepcopy(self.net.state_dict())  # deepcopy refuses a network that keeps an activation
         self.net.train()
-        (_, logits), weights = self.probe(), trained_weights(self)
-        if not weights or all(v is None for v in self.gradients(logits, weights)):
-            raise NetworkError(f"{self.name} has no weights that could be trained")
+        weights = trained_weights(self)
+        for _ in range(2):  # a network that keeps a graph of its first pass fails in the second
+            _, logits = self.probe()
+            if not weights or all(v is None for v in self.gradients(logits, weights)):
+                raise NetworkError(f"{self.name} has no weights that could be trained")
         self.net.load_state_dict(before)
 
     @property
@@ -653,6 +655,8 @@ def load(path, name, info, device, precision):
     for key, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
             raise NetworkError(f"{path}: '{key}' is sparse, quantised, complex or without values; save plain tensors")
+        if key in known and known[key].is_floating_point() and not value.is_floating_point():
+            raise NetworkError(f"{path}: '{key}' holds {value.dtype}, no weights; save the network in float32")
     try:
         net.load_state_dict(state)
     except Exception as error:  # torch's is a headline and a line for each difference; an own network's is anything

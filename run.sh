@@ -201,6 +201,11 @@ case "${1:-}" in
             "claims mnist" | "claims glyphs") seeds="0 1 2" ;;
             *) fail "./run.sh table needs glyphs, mnist or cifar10; ./run.sh claims needs glyphs or mnist" 2 ;;
         esac
+        for word in ${more[@]+"${more[@]}"}; do
+            case "${word%%=*}" in --method | --seed | --teacher-seed | --out)
+                fail "${word%%=*}: each row of a table has its own; other seeds: SEEDS=\"0 1\" ./run.sh $1 $data" 2 ;;
+            esac
+        done
         set_up
         for seed in ${SEEDS:-$seeds}; do "$1"; done
         figures=$("$python" dfkd.py --table "${rows[@]}")

@@ -365,6 +365,9 @@ def test_batch_norm_hooks_leave_nothing_behind():
     sum(losses).backward()
     assert losses[0] == losses[1] and torch.equal(h.grad, exact.grad.bfloat16())
     assert not any(m._forward_pre_hooks for m in net.modules())
+    on_several_gpus = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(net, nn.BatchNorm1d(10)).eval())
+    again = g.batch_norm_inputs(on_several_gpus, x)[1]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(again, collected, strict=True))
     named = nn.Sequential(nn.BatchNorm2d(1))
     named.forward = lambda x: named[0](input=x)
     ((layer, h),) = g.batch_norm_inputs(named, x)[1]
@@ -1792,6 +1795,12 @@ def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"ours"]
 
 
+def test_a_link_stays_a_link_when_it_is_written(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    data.write(tmp_path / "link", b"ours")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"ours"
+
+
 def test_a_write_is_synced_and_a_failed_one_leaves_the_earlier_file(tmp_path, monkeypatch):
     synced, path = [], tmp_path / "file"
     errors = {2: OSError(28, "No space left on device")}
@@ -2722,6 +2731,11 @@ def test_plot_draws_the_curves_of_runs(two_runs, tmp_path, failure):
         (two_runs[1] / "metrics.csv").write_text(f"step,accuracy\n{row}\n")
         assert words in failure(1, dfkd.main, flags), row
     assert "no finished run" in failure(1, dfkd.main, ["--table", str(tmp_path)])
+    (two_runs[1] / "metrics.csv").write_text("")
+    assert "damaged" in failure(1, dfkd.main, flags)
+    (two_runs[1] / "metrics.csv").unlink()
+    (two_runs[1] / "metrics.csv").mkdir()
+    assert "metrics.csv: Is a directory" in failure(1, dfkd.main, flags)
 
 
 def test_curves_over_minutes(two_runs, tmp_path):
@@ -2876,7 +2890,9 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--out dfkd.py", "dfkd.py: a file; give a folder"), ("--table a", "--out means nothing to --table"),
     ("--over minutes", "--over means nothing without --plot"), ("--export data.py", "give a FILE.pt2"),
     ("--plot a --method pre", "--method means nothing to --plot"),
-    ("--pictures a --no-balanced", "--no-balanced means nothing to --pictures"),
+    ("--pictures a --no-balanced", "--no-balanced means nothing to --pictures"), ("--table=", "--table is empty"),
+    ("--plot a --out data.py", "data.py: no file of this kind; give a FILE.svg"), ("--temperature 1e30", "between"),
+    ("--teacher dfkd.py --teacher-dir a", "--teacher-dir means nothing"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, failure, monkeypatch, tmp_path):
     monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
@@ -3046,6 +3062,7 @@ TEACHER_FILES = {  # what torch.save wrote, or bytes
     "other classes": (models.build("lenet5", 7).state_dict(), "10 classes.*7"),
     "NaN": ({k: v / 0 for k, v in LENET.items()}, "NaN"),
     "infinite in float32": ({k: v.double() * 1e300 for k, v in LENET.items()}, "NaN or infinity"),
+    "whole numbers": ({k: (100 * v).to(torch.int8) for k, v in LENET.items()}, "torch.int8, no weights"),
     "40 GB in a few bytes": ({**LENET, "classifier.bias": torch.zeros(1).expand(10**10)}, "shape.*10000000000"),
 }  # fmt: skip
 
@@ -3335,11 +3352,25 @@ class LateExit(Late):
     error = SystemExit(0)
 
 
+class LateTable(Late):
+    error = OSError("no table")
+
+
+class Keeping(CNN):  # a mean of its features, and with it the graph of every pass
+    mean = 0
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.mean(0)
+        return y - self.mean
+
+
 small = lambda: CNN(4)
 probabilities = lambda: nn.Sequential(CNN(), nn.Softmax(1))
 pruned = lambda: nn.Sequential(nn.Flatten(), prune.identity(nn.Linear(784, 10), "weight"))
 same = CNN(4)
 again = lambda: same
+sharing = lambda: nn.Sequential(same, nn.Linear(10, 10))
 pairs = lambda: nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (2, 784)), nn.Linear(784, 10))
 lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 frozen = lambda: CNN().requires_grad_(False)
@@ -3558,6 +3589,8 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:Exits", "", "fails on images .*SystemExit"),
     ("nets.py:CNN", "--student-arch nets.py:Unused", "no weights"),
     ("nets.py:again", "--student-arch nets.py:again", "very network"),
+    ("nets.py:again", "--student-arch nets.py:sharing", "or a part of it"),
+    ("nets.py:CNN", "--student-arch nets.py:Keeping", "passes no gradient: .*a second time"),
     ("nets.py:CNN", "--student-arch nets.py:Branching --export a.pt2", "--student-arch: .* cannot be exported"),
     *(("nets.py:no_linear", f"--method {m}", "no nn.Linear.*take") for m in ("dafl", "pre", "soft-target", "zskd")),
     ("nets.py:not_last", "--method zskd", "not what its last nn.Linear"),
@@ -3588,7 +3621,9 @@ def test_a_network_needs_no_more_than_the_method_asks_for(own, tmp_path, teacher
     assert own[0]("CNN", flags, tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("name, error", [("Late", "AssertionError: worn out"), ("LateExit", "SystemExit: 0")])
+@pytest.mark.parametrize("name, error", [
+    ("Late", "AssertionError: worn out"), ("LateExit", "SystemExit: 0"), ("LateTable", "OSError: no table"),
+])  # fmt: skip
 def test_a_network_that_fails_within_the_run_is_one_line(own, failure, tmp_path, name, error):
     line = 1 + NETS.splitlines().index("            raise self.error")
     printed = failure(1, own[0], "CNN", f"--student-arch {own[1]}/nets.py:{name} --method noise", tmp_path / "run")
@@ -3752,6 +3787,13 @@ def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job, seed
 def test_the_main_job_is_rdskd(tmp_path):
     printed = run_sh(tmp_path, "--seed 3", '[ "$1" = -c ] || echo "$@"', seeds="")
     assert printed == "dfkd.py --method rdskd --seed 3\n"
+
+
+@pytest.mark.parametrize("flags", ["--threads 1 --method kd", "--seed=3", "--out x"])
+def test_the_rows_of_a_table_keep_their_names(flags):
+    ran = subprocess.run([HERE / "run.sh", "table", "glyphs", *flags.split()], capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert re.match("run.sh: --(method|seed|out): each row of a table has its own", ran.stderr)
 
 
 def test_run_sh_works_in_its_own_folder_only(tmp_path):
