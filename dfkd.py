@@ -1007,8 +1007,8 @@ def name_data(args, error):
         error("--method kd distils on real images, --no-eval touches none")
     if args.teacher and not Path(args.teacher).is_file():
         error(f"--teacher {args.teacher}: no file there")
-    for key, usual in dict(teacher_epochs=None, teacher_seed=None, teacher_dir="runs/teachers").items():
-        if args.teacher and getattr(args, key) != usual:
+    for key in ("teacher_epochs", "teacher_seed"):
+        if args.teacher and getattr(args, key) is not None:
             error(f"{flag(key)} means nothing with --teacher FILE, which is trained")
     args.teacher_seed = args.teacher_seed or 0
     if args.export:

@@ -343,11 +343,8 @@ class Own(Classifier):
         def note(layer, inputs, named):
             read.append(inputs[0] if inputs else named["input"])
 
-        hook = self.classifier.register_forward_pre_hook(note, with_kwargs=True)
-        try:
+        with self.classifier.register_forward_pre_hook(note, with_kwargs=True):
             return rows(self.net(x), x), rows(read[-1], x)
-        finally:
-            hook.remove()
 
     def state_dict(self, *args, **more):
         return self.net.state_dict(*args, **more)

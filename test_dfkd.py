@@ -2892,7 +2892,6 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--plot a --method pre", "--method means nothing to --plot"),
     ("--pictures a --no-balanced", "--no-balanced means nothing to --pictures"), ("--table=", "--table is empty"),
     ("--plot a --out data.py", "data.py: no file of this kind; give a FILE.svg"), ("--temperature 1e30", "between"),
-    ("--teacher dfkd.py --teacher-dir a", "--teacher-dir means nothing"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, failure, monkeypatch, tmp_path):
     monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
