@@ -543,7 +543,7 @@ def compare_with_published(path, checksum):
 
 def write(path, content):
     """Write a file so that it is there whole or not at all, after a power cut too. A link stays a link."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # path.resolve() would raise a RuntimeError where links go round
     part = target.with_name(f"{target.name}.{platform.node()}.{os.getpid()}.part")  # others may be after the same file
     try:
         with part.open("wb") as file:

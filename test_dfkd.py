@@ -1799,6 +1799,9 @@ def test_a_link_stays_a_link_when_it_is_written(tmp_path):
     (tmp_path / "link").symlink_to("file")
     data.write(tmp_path / "link", b"ours")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"ours"
+    (tmp_path / "loop").symlink_to("loop")
+    data.write(tmp_path / "loop", b"ours")  # to itself: nothing to keep
+    assert (tmp_path / "loop").read_bytes() == b"ours"
 
 
 def test_a_write_is_synced_and_a_failed_one_leaves_the_earlier_file(tmp_path, monkeypatch):
