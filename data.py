@@ -830,4 +830,7 @@ def results_table(folders):
 
 def markdown(headings, rows):
     lines = [f"| {headings} |", "|---" * (headings.count("|") + 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+    for name, *figures in rows:  # a folder may be called anything
+        cells = [" ".join(name.split()).replace("|", "\\|"), *figures]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

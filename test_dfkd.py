@@ -2769,6 +2769,13 @@ def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys, monk
     assert "σ²" in sys.stdout.buffer.getvalue().decode()
 
 
+def test_a_table_keeps_its_form_whatever_a_folder_is_called(two_runs, capsys):
+    odd = two_runs[0].rename(two_runs[0].with_name("a|b\n c-0"))
+    assert dfkd.main(["--table", str(odd)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[2].startswith(r"| a\|b c | 99.00 |")
+
+
 @pytest.mark.parametrize("key, value, words", [("width", 32, "'width'"), ("seed", 4, "the same seeds")])
 def test_table_refuses_a_row_of_runs_that_do_not_belong_together(two_runs, failure, key, value, words):
     path = two_runs[1] / "result.json"
