@@ -210,6 +210,11 @@ def rdskd(teacher, student, info, args, run):
     memory = replay_memory(info, args)
     reference = G.linear.weight.new_zeros(2)  # L_oh', L_ie' [C]; in G's precision
     penalty = {"exp": torch.exp, "sum": lambda increase: increase}[args.penalty]
+
+    def L_kd(x):
+        return generators.distillation_loss(student(x), teacher(x), tau)
+
+    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory,
              reference=reference)  # fmt: skip
     run.samples = lambda: generators.fixed_images(G)
@@ -230,9 +235,7 @@ def rdskd(teacher, student, info, args, run):
     run.fresh = lambda: [generators.fresh_images(frozen_G, B) for _ in range(8)]
     for _ in run.steps("student", args.steps):
         x = student_batch(generators.fresh_images(frozen_G, B), memory, teacher, info, args)
-        L_kd = generators.distillation_loss(student(x), teacher(x), tau)
-        minimise(L_kd, optimiser_S, decay_S)
-        run.log(L_kd=L_kd)
+        run.log(L_kd=learn(x))
 
 
 def dafl(teacher, student, info, args, run):
@@ -263,6 +266,11 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     G, optimiser_G = image_generator(info, args)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
+
+    def L_kd(x):
+        return generators.distillation_loss(student(x), teacher(x), tau)
+
+    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
@@ -279,9 +287,7 @@ def generator_beside_student(objective, teacher, student, info, args, run):
         for step in range(args.student_steps):
             novel = x.detach() if step == 0 else generators.fresh_images(G, B)
             seen = student_batch(novel, memory, teacher, info, args)  # with B/8 memory samples, where there are any
-            L_kd = generators.distillation_loss(student(seen), teacher(seen), tau)
-            minimise(L_kd, optimiser_S, decay_S)
-            run.log(L_kd=L_kd)
+            run.log(L_kd=learn(seen))
             if memory and step < 4:
                 run.log(**memory.learn(novel, teacher, rehearse=turn > 0))
 
@@ -296,6 +302,11 @@ def pre(teacher, student, info, args, run):
     G, optimiser_G = image_generator(info, args, spectral_norm=True, bound=0.08)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
+
+    def L_kd(x):
+        return generators.logit_distance_loss(student(x), teacher(x))
+
+    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
@@ -312,9 +323,7 @@ def pre(teacher, student, info, args, run):
         for step in range(args.student_steps):
             novel = generators.fresh_images(G, B)
             seen = student_batch(novel, memory, teacher, info, args)  # with B/8 memory samples, where there are any
-            L_kd = generators.logit_distance_loss(student(seen), teacher(seen))
-            minimise(L_kd, optimiser_S, decay_S)
-            run.log(L_kd=L_kd)
+            run.log(L_kd=learn(seen))
             if memory and step < 4:
                 run.log(**memory.learn(novel, teacher, rehearse=turn > 0))
 
@@ -392,6 +401,11 @@ def transfer_set(make_images, teacher, student, info, args, run):
     The files hold float16. Its rounding, 1 part in 2000, is far below the noise that the images begin with [I].
     """
     optimiser_S, decay_S = student_optimiser(student, args)
+
+    def L_kd(x):
+        return generators.distillation_loss(student(x), teacher(x), args.temperature)
+
+    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
     folder = run.out / "transfer"
     folder.mkdir(exist_ok=True)
@@ -418,9 +432,7 @@ def transfer_set(make_images, teacher, student, info, args, run):
         x = generators.augmented(images[index].float(), info.mirror)
         if "mix" in args.ours:
             x = generators.mixed(x)
-        L_kd = generators.distillation_loss(student(x), teacher(x), args.temperature)
-        minimise(L_kd, optimiser_S, decay_S)
-        run.log(L_kd=L_kd)
+        run.log(L_kd=learn(x))
 
 
 def stored_images(folder, args, info, first):
@@ -448,12 +460,14 @@ def noise(teacher, student, info, args, run):
 def on_images(draw, teacher, student, args, run):
     """S learns from T's outputs on the batches that draw() gives: noise or, for the upper bound `kd`, real images."""
     optimiser_S, decay_S = student_optimiser(student, args)
+
+    def L_kd(x):
+        return generators.distillation_loss(student(x), teacher(x), args.temperature)
+
+    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
     for _ in run.steps("student", args.steps):
-        x = draw()
-        L_kd = generators.distillation_loss(student(x), teacher(x), args.temperature)
-        minimise(L_kd, optimiser_S, decay_S)
-        run.log(L_kd=L_kd)
+        run.log(L_kd=learn(draw()))
 
 
 LOOPS = {
@@ -518,6 +532,30 @@ def minimise(loss, optimiser, decay=None):
     optimiser.step()
     if decay:
         decay.step()
+
+
+def student_step(loss, optimiser, decay, args):
+    """A function that takes a step of S on loss(x) -> loss(x). On a GPU, loss and gradients are one CUDA graph.
+
+    Not with a user's network: it may do what no graph can hold.
+    """
+
+    def step(x):
+        L = loss(x)
+        minimise(L, optimiser, decay)
+        return L
+
+    if args.device == "cpu" or ":" in f"{args.teacher_arch} {args.student_arch}":
+        return step
+    gradients = models.gradient_graph(loss, [p for group in optimiser.param_groups for p in group["params"]])
+
+    def fast_step(x):
+        L = gradients(x)
+        optimiser.step()
+        decay.step()
+        return L
+
+    return fast_step
 
 
 def feature_model(teacher, args):

@@ -2281,6 +2281,26 @@ def test_on_a_gpu(tmp_path, flags, capsys):
     assert free or all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+@pytest.mark.parametrize("arch, channels, bf16", [
+    ("lenet5", 1, False), ("resnet18", 3, True), ("wrn-10-1", 3, True), ("alexnet_half", 3, True),
+])  # fmt: skip
+def test_a_cuda_graph_gives_the_very_same_student(arch, channels, bf16):
+    """With BatchNorms, dropout, and, once, a batch of another size."""
+    info, states, losses = data.Info(10, channels, (0.5,) * channels, (0.3,) * channels), [], []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        teacher, student = (models.on_device(arch, info, "cuda", "bf16" if bf16 else "fp32") for _ in "TS")
+        teacher.eval().requires_grad_(False)
+        args = dfkd.parse(f"--device {'cuda' if fast else 'cpu'} --steps 9".split())
+        optimiser, decay = dfkd.student_optimiser(student, args)
+        step = dfkd.student_step(lambda x: g.distillation_loss(student(x), teacher(x), 10), optimiser, decay, args)
+        losses.append([step(torch.randn(8 if i == 6 else 16, channels, 32, 32, device="cuda")) for i in range(9)])
+        states.append(student.state_dict())
+    assert torch.equal(*map(torch.stack, losses)) and len(set(map(float, losses[0]))) == 9
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
 @pytest.mark.parametrize("flags, device, same", [
     ("--method zskd", "cuda", False), ("--method zskd", "cpu", True), ("--method zskd --ours range", "cuda", True),
     ("--method deepinversion --ours augment", "cuda", False), ("--method rdskd --ours augment", "cuda", True),
@@ -3894,7 +3914,7 @@ def step_times(path, steps, more=""):
     """Milliseconds of one generator step and one student step of `dfkd.rdskd`, batch 512, the paper's networks."""
     flags = f"--schedule paper --dataset mnist --generator-steps {steps} --steps {steps} {more}"
     args = dfkd.parse(f"{flags} {'--precision fp32' if path == 'plain' else ''}".split())
-    watch, ours = Stopwatch(), (dfkd.image_generator, g.frozen)
+    watch, ours = Stopwatch(), (dfkd.image_generator, g.frozen, dfkd.student_step)
     teacher, student = models.build("lenet5").to(args.device), models.build("lenet5_half").to(args.device)
     teacher.eval().requires_grad_(False)
 
@@ -3902,15 +3922,18 @@ def step_times(path, steps, more=""):
         G = PlainGenerator(args.latent, args.width).to(args.device)
         return G, models.adam(G, args.generator_lr)
 
+    def plain_step(loss, optimiser, decay, args):
+        return lambda x: dfkd.minimise(loss(x), optimiser, decay)
+
     if path == "plain":
-        dfkd.image_generator, g.frozen = plain_generator, PlainGenerator.eval
+        dfkd.image_generator, g.frozen, dfkd.student_step = plain_generator, PlainGenerator.eval, plain_step
     else:
         models.keep_freed_memory()
         teacher, student = (net.to(memory_format=torch.channels_last) for net in (teacher, student))
     try:
         dfkd.rdskd(teacher, student, data.INFO["mnist"], args, watch)
     finally:
-        dfkd.image_generator, g.frozen = ours
+        dfkd.image_generator, g.frozen, dfkd.student_step = ours
     return watch.logged["generator"], watch.logged["student"]
 
 
