@@ -564,7 +564,9 @@ def gradient_graph(loss, weights):
 
     Small networks leave a GPU waiting for their many kernels to be started, one by one. A CUDA graph starts all of them
     at once. They are the same kernels, and the bits are the same. The graph is recorded in the fourth call, after
-    cuDNN and cuBLAS have set themselves up, for images of this shape. Images of another shape go without it.
+    cuDNN and cuBLAS have set themselves up, for images of this shape. Images of another shape go without it. It is
+    recorded on the current stream: where the weights' gradients are still part of another graph of autograd, a step of
+    G on S's logits say, another stream would have to wait for that one, which a CUDA graph cannot. See `set_up_torch`.
     """
     graph, calls, held = torch.cuda.CUDAGraph(), 0, None
 
@@ -582,7 +584,7 @@ def gradient_graph(loss, weights):
             return plain(x)
         if not held:
             x_held = x.clone()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 L = plain(x_held)
             held = x_held, L, [weight.grad for weight in weights]
         x_held, L, gradients = held
@@ -778,6 +780,8 @@ def set_up_torch(threads):
     call_mkl()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.Stream())  # CUDA records no graph on its default stream
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:

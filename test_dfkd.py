@@ -2287,6 +2287,7 @@ def test_on_a_gpu(tmp_path, flags, capsys):
 ])  # fmt: skip
 def test_a_cuda_graph_gives_the_very_same_student(arch, channels, bf16):
     """With BatchNorms, dropout, and, once, a batch of another size."""
+    models.set_up_torch(1)
     info, states, losses = data.Info(10, channels, (0.5,) * channels, (0.3,) * channels), [], []
     for fast in (False, True):
         torch.manual_seed(0)
