@@ -566,9 +566,9 @@ def gradient_graph(loss, weights):
     at once. They are the same kernels, and the bits are the same. The graph is recorded in the fourth call, after
     cuDNN and cuBLAS have set themselves up, for images of this shape. Images of another shape go without it. It is
     recorded on the current stream: where the weights' gradients are still part of another graph of autograd, a step of
-    G on S's logits say, another stream would have to wait for that one, which a CUDA graph cannot. See `set_up_torch`.
+    G on S's logits say, another stream would have to wait for that one, which a CUDA graph cannot. On CUDA's default
+    stream nothing can be recorded; there all goes without it. `set_up_torch` takes another.
     """
-    graph, calls, held = torch.cuda.CUDAGraph(), 0, None
 
     def plain(x):
         for weight in weights:
@@ -576,6 +576,10 @@ def gradient_graph(loss, weights):
         L = loss(x)
         L.backward(inputs=weights)
         return L.detach()
+
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        return plain
+    graph, calls, held = torch.cuda.CUDAGraph(), 0, None
 
     def f(x):
         nonlocal calls, held
@@ -781,7 +785,7 @@ def set_up_torch(threads):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     if torch.cuda.is_available():
-        torch.cuda.set_stream(torch.cuda.Stream())  # CUDA records no graph on its default stream
+        torch.cuda.set_stream(torch.cuda.Stream())  # for `gradient_graph`
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:

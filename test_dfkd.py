@@ -1,5 +1,6 @@
 """The tests: mathematics, behaviour, bad input (./run.sh test), and the benchmark (./run.sh bench)."""
 
+import argparse
 import ast
 import base64
 import contextlib
@@ -2285,9 +2286,11 @@ def test_on_a_gpu(tmp_path, flags, capsys):
 @pytest.mark.parametrize("arch, channels, bf16", [
     ("lenet5", 1, False), ("resnet18", 3, True), ("wrn-10-1", 3, True), ("alexnet_half", 3, True),
 ])  # fmt: skip
-def test_a_cuda_graph_gives_the_very_same_student(arch, channels, bf16):
+def test_a_cuda_graph_gives_the_very_same_student(arch, channels, bf16, monkeypatch):
     """With BatchNorms, dropout, and, once, a batch of another size."""
     models.set_up_torch(1)
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
     info, states, losses = data.Info(10, channels, (0.5,) * channels, (0.3,) * channels), [], []
     for fast in (False, True):
         torch.manual_seed(0)
@@ -2298,8 +2301,30 @@ def test_a_cuda_graph_gives_the_very_same_student(arch, channels, bf16):
         step = dfkd.student_step(lambda x: g.distillation_loss(student(x), teacher(x), 10), optimiser, decay, args)
         losses.append([step(torch.randn(8 if i == 6 else 16, channels, 32, 32, device="cuda")) for i in range(9)])
         states.append(student.state_dict())
-    assert torch.equal(*map(torch.stack, losses)) and len(set(map(float, losses[0]))) == 9
+    assert len(replays) == 5  # not in the first three steps, nor where the size differs
+    assert torch.equal(*map(torch.stack, losses)) and len(set(map(float, losses[1]))) == 9
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("device, teacher, recorded", [
+    ("cuda", "lenet5", True), ("cpu", "lenet5", False), ("cuda", "net.py:net", False),
+])  # fmt: skip
+def test_what_is_recorded_as_a_cuda_graph(device, teacher, recorded, monkeypatch):
+    """Steps of S on a GPU, if both networks are ours; a stand-in for the graph sets the gradients to one."""
+    w, given = nn.Parameter(torch.tensor(3.0)), []
+
+    def graph(loss, weights):
+        given.extend(weights)
+        return lambda x: setattr(w, "grad", torch.tensor(1.0)) or loss(x)
+
+    monkeypatch.setattr(models, "gradient_graph", graph)
+    optimiser = torch.optim.SGD([w], 1.0)
+    decay = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.5)
+    args = argparse.Namespace(device=device, teacher_arch=teacher, student_arch="lenet5_half")
+    step = dfkd.student_step(lambda x: w * x, optimiser, decay, args)
+    losses = [step(2.0).item() for _ in range(2)]
+    assert losses == ([6, 4] if recorded else [6, 2]) and len(given) == recorded
+    assert w.item() == (1.5 if recorded else 0.0) and optimiser.param_groups[0]["lr"] == 0.25
 
 
 @pytest.mark.parametrize("flags, device, same", [
@@ -3911,6 +3936,11 @@ def test_the_benchmark_times_both_paths(path, monkeypatch):
     assert (g.UpsampleConv2d in made, PlainGenerator in made) == ((False, True) if path == "plain" else (True, False))
 
 
+def plain_step(loss, optimiser, decay, args):
+    """dfkd.student_step without a CUDA graph."""
+    return lambda x: dfkd.minimise(loss(x), optimiser, decay)
+
+
 def step_times(path, steps, more=""):
     """Milliseconds of one generator step and one student step of `dfkd.rdskd`, batch 512, the paper's networks."""
     flags = f"--schedule paper --dataset mnist --generator-steps {steps} --steps {steps} {more}"
@@ -3923,9 +3953,6 @@ def step_times(path, steps, more=""):
         G = PlainGenerator(args.latent, args.width).to(args.device)
         return G, models.adam(G, args.generator_lr)
 
-    def plain_step(loss, optimiser, decay, args):
-        return lambda x: dfkd.minimise(loss(x), optimiser, decay)
-
     if path == "plain":
         dfkd.image_generator, g.frozen, dfkd.student_step = plain_generator, PlainGenerator.eval, plain_step
     else:
@@ -3936,6 +3963,40 @@ def step_times(path, steps, more=""):
     finally:
         dfkd.image_generator, g.frozen, dfkd.student_step = ours
     return watch.logged["generator"], watch.logged["student"]
+
+
+def graph_times(teacher, student, channels, batch, steps, device="cuda"):
+    """Milliseconds of a step of S on given images, without a CUDA graph and with it: the better of two trials each."""
+    info, times = data.Info(10, channels, (0.5,) * channels, (0.3,) * channels), {plain_step: [], dfkd.student_step: []}
+    args = dfkd.parse(f"--device {device}".split())
+    x = torch.randn(batch, channels, 32, 32, device=device).to(memory_format=torch.channels_last)
+    for make in 2 * [*times]:
+        T, S = (models.on_device(name, info, device, args.precision) for name in (teacher, student))
+        T.eval().requires_grad_(False)
+        step = make(lambda x: g.distillation_loss(S(x), T(x), 10), *dfkd.student_optimiser(S, args), args)  # noqa: B023
+        for _ in range(8):  # the graph is recorded in the fourth
+            step(x)
+        begun = finished(device)
+        for _ in range(steps):
+            step(x)
+        times[make].append(1000 * (finished(device) - begun) / steps)
+    return tuple(map(min, times.values()))
+
+
+def finished(device):
+    """The time when the GPU has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def test_the_benchmark_counts_the_steps_with_and_without_a_graph(monkeypatch):
+    """A clock that each step moves by a second: 1000 milliseconds a step."""
+    clock, minimise = [0.0], dfkd.minimise
+    monkeypatch.setattr(dfkd, "minimise", lambda *all: minimise(*all) or clock.append(clock[-1] + 1))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
+    assert graph_times("lenet5", "lenet5_half", 1, 4, steps=3, device="cpu") == (1000, 1000)
+    assert len(clock) == 1 + 4 * (8 + 3)
 
 
 def bare_rate(dtype, device):
@@ -3963,6 +4024,8 @@ def processor():
 def bench():
     """Time the default path against plain float32 NCHW: the same loop, the same networks, one process."""
     args = dfkd.parse([])
+    if args.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # for CUDA graphs
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, {args.threads} threads"
     print(f"{where}, torch {torch.__version__}, default precision {args.precision}")
     print("RDSKD, batch 512, generator of width 128, LeNet-5 -> half; median milliseconds per step")
@@ -3976,6 +4039,13 @@ def bench():
               f"G's convolutions, {100 * reached / rate:.0f} % of the bare convolution's {rate:.0f}")  # fmt: skip
     for name, a, b in zip(("generator", "student"), plain, default):
         print(f"{name}_step plain_ms={a:.1f} default_ms={b:.1f} ratio={a / b:.2f}")
+    if args.device == "cuda":
+        print("a step of S on given images; milliseconds without and with its CUDA graph")
+        for pair in (("lenet5", "lenet5_half", 1, 64), ("lenet5", "lenet5_half", 1, 512),
+                     ("wrn-40-2", "wrn-16-1", 3, 128), ("resnet34", "resnet18", 3, 128),
+                     ("resnet34", "resnet18", 3, 256)):  # fmt: skip
+            a, b = graph_times(*pair, steps=40)
+            print(f"{pair[0]} -> {pair[1]}, batch {pair[3]}: {a:.2f}, {b:.2f}, {a / b:.1f} times as fast")
 
 
 if __name__ == "__main__":
