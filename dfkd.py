@@ -210,11 +210,6 @@ def rdskd(teacher, student, info, args, run):
     memory = replay_memory(info, args)
     reference = G.linear.weight.new_zeros(2)  # L_oh', L_ie' [C]; in G's precision
     penalty = {"exp": torch.exp, "sum": lambda increase: increase}[args.penalty]
-
-    def L_kd(x):
-        return generators.distillation_loss(student(x), teacher(x), tau)
-
-    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory,
              reference=reference)  # fmt: skip
     run.samples = lambda: generators.fixed_images(G)
@@ -233,9 +228,15 @@ def rdskd(teacher, student, info, args, run):
 
     frozen_G = generators.frozen(G)
     run.fresh = lambda: [generators.fresh_images(frozen_G, B) for _ in range(8)]
+
+    def loss_S(x):
+        return generators.distillation_loss(student(x), teacher(x), tau)
+
+    step_S = student_step(loss_S, optimiser_S, decay_S, args)
     for _ in run.steps("student", args.steps):
         x = student_batch(generators.fresh_images(frozen_G, B), memory, teacher, info, args)
-        run.log(L_kd=learn(x))
+        L_kd = step_S(x)
+        run.log(L_kd=L_kd)
 
 
 def dafl(teacher, student, info, args, run):
@@ -266,14 +267,14 @@ def generator_beside_student(objective, teacher, student, info, args, run):
     G, optimiser_G = image_generator(info, args)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
-
-    def L_kd(x):
-        return generators.distillation_loss(student(x), teacher(x), tau)
-
-    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
+
+    def loss_S(x):
+        return generators.distillation_loss(student(x), teacher(x), tau)
+
+    step_S = student_step(loss_S, optimiser_S, decay_S, args)
 
     for turn in run.steps("student", args.steps, each=args.student_steps):
         z = generators.latents(G, B)
@@ -287,7 +288,8 @@ def generator_beside_student(objective, teacher, student, info, args, run):
         for step in range(args.student_steps):
             novel = x.detach() if step == 0 else generators.fresh_images(G, B)
             seen = student_batch(novel, memory, teacher, info, args)  # with B/8 memory samples, where there are any
-            run.log(L_kd=learn(seen))
+            L_kd = step_S(seen)
+            run.log(L_kd=L_kd)
             if memory and step < 4:
                 run.log(**memory.learn(novel, teacher, rehearse=turn > 0))
 
@@ -302,14 +304,14 @@ def pre(teacher, student, info, args, run):
     G, optimiser_G = image_generator(info, args, spectral_norm=True, bound=0.08)
     optimiser_S, decay_S = student_optimiser(student, args)
     memory = replay_memory(info, args)
-
-    def L_kd(x):
-        return generators.logit_distance_loss(student(x), teacher(x))
-
-    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(G=G, S=student, optimiser_G=optimiser_G, optimiser_S=optimiser_S, decay_S=decay_S, memory=memory)
     run.samples = lambda: generators.fixed_images(G)
     run.fresh = lambda: [generators.fresh_images(G, B) for _ in range(8)]
+
+    def loss_S(x):
+        return generators.logit_distance_loss(student(x), teacher(x))
+
+    step_S = student_step(loss_S, optimiser_S, decay_S, args)
 
     for turn in run.steps("student", args.steps, each=args.student_steps):
         x = G(generators.latents(G, B))
@@ -323,7 +325,8 @@ def pre(teacher, student, info, args, run):
         for step in range(args.student_steps):
             novel = generators.fresh_images(G, B)
             seen = student_batch(novel, memory, teacher, info, args)  # with B/8 memory samples, where there are any
-            run.log(L_kd=learn(seen))
+            L_kd = step_S(seen)
+            run.log(L_kd=L_kd)
             if memory and step < 4:
                 run.log(**memory.learn(novel, teacher, rehearse=turn > 0))
 
@@ -401,11 +404,6 @@ def transfer_set(make_images, teacher, student, info, args, run):
     The files hold float16. Its rounding, 1 part in 2000, is far below the noise that the images begin with [I].
     """
     optimiser_S, decay_S = student_optimiser(student, args)
-
-    def L_kd(x):
-        return generators.distillation_loss(student(x), teacher(x), args.temperature)
-
-    learn = student_step(L_kd, optimiser_S, decay_S, args)
     run.keep(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
     folder = run.out / "transfer"
     folder.mkdir(exist_ok=True)
@@ -427,12 +425,18 @@ def transfer_set(make_images, teacher, student, info, args, run):
     t = torch.cat([teacher(x.float()) for x in images.split(args.image_batch)])
     shares = {name: share.item() for name, share in generators.label_shares(t, y, intended).items()}
     run.facts.update(images=len(images), bytes=images.nbytes, **shares)
+
+    def loss_S(x):
+        return generators.distillation_loss(student(x), teacher(x), args.temperature)
+
+    step_S = student_step(loss_S, optimiser_S, decay_S, args)
     for _ in run.steps("student", args.steps):
         index = torch.randint(len(images), (args.batch,), device=args.device)
         x = generators.augmented(images[index].float(), info.mirror)
         if "mix" in args.ours:
             x = generators.mixed(x)
-        run.log(L_kd=learn(x))
+        L_kd = step_S(x)
+        run.log(L_kd=L_kd)
 
 
 def stored_images(folder, args, info, first):
@@ -460,14 +464,15 @@ def noise(teacher, student, info, args, run):
 def on_images(draw, teacher, student, args, run):
     """S learns from T's outputs on the batches that draw() gives: noise or, for the upper bound `kd`, real images."""
     optimiser_S, decay_S = student_optimiser(student, args)
+    run.keep(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
 
-    def L_kd(x):
+    def loss_S(x):
         return generators.distillation_loss(student(x), teacher(x), args.temperature)
 
-    learn = student_step(L_kd, optimiser_S, decay_S, args)
-    run.keep(S=student, optimiser_S=optimiser_S, decay_S=decay_S)
+    step_S = student_step(loss_S, optimiser_S, decay_S, args)
     for _ in run.steps("student", args.steps):
-        run.log(L_kd=learn(draw()))
+        L_kd = step_S(draw())
+        run.log(L_kd=L_kd)
 
 
 LOOPS = {
@@ -525,37 +530,36 @@ def student_optimiser(student, args):
     return models.student_optimiser(student, kind, lr, decay, args.steps, args.decay_every or 1, drops)
 
 
-def minimise(loss, optimiser, decay=None):
+def minimise(loss, optimiser):
     """One optimiser step on `loss`. Only the optimiser's own parameters get gradients: L_G depends on S, too."""
     optimiser.zero_grad()
     loss.backward(inputs=[p for group in optimiser.param_groups for p in group["params"]])
     optimiser.step()
-    if decay:
-        decay.step()
 
 
 def student_step(loss, optimiser, decay, args):
-    """A function that takes a step of S on loss(x) -> loss(x). On a GPU, loss and gradients are one CUDA graph.
+    """f(x): one step of S on loss(x) -> that loss. On a GPU, loss and gradients are one CUDA graph.
 
-    Not with a user's network: it may do what no graph can hold.
+    A user's network goes without it: it may do what no graph can hold.
     """
+    weights = [p for group in optimiser.param_groups for p in group["params"]]
+
+    def gradients(x):
+        optimiser.zero_grad()
+        L = loss(x)
+        L.backward(inputs=weights)
+        return L.detach()
+
+    if args.device == "cuda" and ":" not in args.teacher_arch + args.student_arch:  # FILE.py:NAME
+        gradients = models.as_cuda_graph(gradients, weights)
 
     def step(x):
-        L = loss(x)
-        minimise(L, optimiser, decay)
-        return L
-
-    if args.device == "cpu" or ":" in f"{args.teacher_arch} {args.student_arch}":
-        return step
-    gradients = models.gradient_graph(loss, [p for group in optimiser.param_groups for p in group["params"]])
-
-    def fast_step(x):
         L = gradients(x)
         optimiser.step()
         decay.step()
         return L
 
-    return fast_step
+    return step
 
 
 def feature_model(teacher, args):
@@ -1178,7 +1182,7 @@ ELSEWHERE = ("out", "resume", "data_dir", "teacher_dir", "teacher", "export", "p
 
 def distil(args):
     """One whole run: data for teacher and evaluation, teacher, distillation, results."""
-    models.set_up_torch(args.threads)
+    models.set_up_torch(args.threads, args.device)
     out, info = Path(args.out), data_info(args)
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}")  # fmt: skip

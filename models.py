@@ -559,43 +559,35 @@ def student_optimiser(student, kind, lr, decay, steps, every, drops):
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
 
-def gradient_graph(loss, weights):
-    """f(x) -> loss(x), a number for each call; the gradients are in the weights' `grad`. For a GPU.
+def as_cuda_graph(gradients, weights):
+    """f(x) -> gradients(x), a loss, with the weights' `grad` set: the same function as one CUDA graph. For a GPU.
 
-    Small networks leave a GPU waiting for their many kernels to be started, one by one. A CUDA graph starts all of them
-    at once. They are the same kernels, and the bits are the same. The graph is recorded in the fourth call, after
-    cuDNN and cuBLAS have set themselves up, for images of this shape. Images of another shape go without it. It is
-    recorded on the current stream: where the weights' gradients are still part of another graph of autograd, a step of
-    G on S's logits say, another stream would have to wait for that one, which a CUDA graph cannot. On CUDA's default
-    stream nothing can be recorded; there all goes without it. `set_up_torch` takes another.
+    Small networks leave a GPU waiting while their many kernels are started one by one. A graph starts all of them at
+    once: the same kernels, the same bits. Three calls go without it, in which cuDNN and cuBLAS set themselves up; the
+    fourth records it. Images of another shape go without it. The graph keeps its memory beside what all else needs.
+    It is recorded on the current stream. Autograd may still hold the weights there, from a step of G on S's logits; a
+    graph on another stream would have to wait for that one, which fails. CUDA's default stream can record nothing: all
+    goes without a graph there. `set_up_torch` chooses another.
     """
-
-    def plain(x):
-        for weight in weights:
-            weight.grad = None
-        L = loss(x)
-        L.backward(inputs=weights)
-        return L.detach()
-
     if torch.cuda.current_stream() == torch.cuda.default_stream():
-        return plain
+        return gradients
     graph, calls, held = torch.cuda.CUDAGraph(), 0, None
 
     def f(x):
         nonlocal calls, held
         calls += 1
         if calls <= 3 or held and x.shape != held[0].shape:
-            return plain(x)
+            return gradients(x)
         if not held:
             x_held = x.clone()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                L = plain(x_held)
+                L = gradients(x_held)
             held = x_held, L, [weight.grad for weight in weights]
-        x_held, L, gradients = held
+        x_held, L, grads = held
         x_held.copy_(x)
         graph.replay()
-        for weight, gradient in zip(weights, gradients):
-            weight.grad = gradient
+        for weight, grad in zip(weights, grads):
+            weight.grad = grad
         return L.clone()  # the next call computes in the place of L
 
     return f
@@ -777,15 +769,15 @@ def clock(seconds):
 # ---------------------------------------------------------------- the process
 
 
-def set_up_torch(threads):
-    """Set torch's options for the whole process: threads, memory, determinism."""
+def set_up_torch(threads, device="cpu"):
+    """Set torch's options for the whole process: threads, memory, determinism; on a GPU the stream, too."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     call_mkl()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if torch.cuda.is_available():
-        torch.cuda.set_stream(torch.cuda.Stream())  # for `gradient_graph`
+    if device == "cuda" and torch.cuda.current_stream() == torch.cuda.default_stream():
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one records no CUDA graph, see `as_cuda_graph`
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: what may be coarser computes in bfloat16
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result
     if threads > 1 and cores_in_use() + threads > os.cpu_count() + 0.5:
@@ -839,7 +831,7 @@ def cores_in_use():
 def peak_memory(device):
     """The most memory that this process held, on the GPU where it computed there."""
     if device == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's"
+        return f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB of the GPU's"
     if not resource:
         return "unknown"
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere

@@ -883,10 +883,19 @@ def watch(monkeypatch, tmp_path):
                 watched("VAE", memory.vae)
             return memory
 
-        def minimise(loss, optimiser, *decay, minimise=dfkd.minimise):
-            who = "S" if optimiser.param_groups[0]["params"][0] is next(student.parameters()) else "G"
-            minimise(loss, optimiser, *decay)
-            events.append(Event(record.stage, f"step of {who}"))
+        def minimise(loss, optimiser, minimise=dfkd.minimise):
+            minimise(loss, optimiser)
+            events.append(Event(record.stage, "step of G"))
+
+        def student_step(*all, build=dfkd.student_step):
+            step = build(*all)
+
+            def noted(x):
+                L = step(x)
+                events.append(Event(record.stage, "step of S"))
+                return L
+
+            return noted
 
         method = flags.split()[1]
         shape = "--batch 16" + " --image-batch 8" * (method in SYNTHESES)
@@ -901,6 +910,7 @@ def watch(monkeypatch, tmp_path):
             patch.setattr(dfkd, "image_generator", build_generator)
             patch.setattr(dfkd, "replay_memory", build_memory)
             patch.setattr(dfkd, "minimise", minimise)
+            patch.setattr(dfkd, "student_step", student_step)
             dfkd.LOOPS[args.method](watched("T", teacher), watched("S", student), info, args, record)
         return record, events
 
@@ -2275,7 +2285,7 @@ def test_on_a_gpu(tmp_path, flags, capsys):
     assert "of the GPU's" in printed and ("does not give the same bits" in printed) == free
     with backward_passes() as calls:
         assert run("a") == 0
-    with backward_passes(until=len(calls) // 2):
+    with backward_passes(until=2 * len(calls) // 3):  # behind a checkpoint
         assert run("b") == 130
     assert run("b") == 0
     a, b = (torch.load(tmp_path / out / "student.pt", weights_only=True) for out in "ab")
@@ -2287,8 +2297,8 @@ def test_on_a_gpu(tmp_path, flags, capsys):
     ("lenet5", 1, False), ("resnet18", 3, True), ("wrn-10-1", 3, True), ("alexnet_half", 3, True),
 ])  # fmt: skip
 def test_a_cuda_graph_gives_the_very_same_student(arch, channels, bf16, monkeypatch):
-    """With BatchNorms, dropout, and, once, a batch of another size."""
-    models.set_up_torch(1)
+    """With BatchNorms and dropout, G's steps and evaluations between those of S, once a batch of another size."""
+    models.set_up_torch(1, "cuda")
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
     info, states, losses = data.Info(10, channels, (0.5,) * channels, (0.3,) * channels), [], []
@@ -2299,32 +2309,59 @@ def test_a_cuda_graph_gives_the_very_same_student(arch, channels, bf16, monkeypa
         args = dfkd.parse(f"--device {'cuda' if fast else 'cpu'} --steps 9".split())
         optimiser, decay = dfkd.student_optimiser(student, args)
         step = dfkd.student_step(lambda x: g.distillation_loss(student(x), teacher(x), 10), optimiser, decay, args)
-        losses.append([step(torch.randn(8 if i == 6 else 16, channels, 32, 32, device="cuda")) for i in range(9)])
+        losses.append([])
+        for i in range(9):
+            x = torch.randn(8 if i == 6 else 16, channels, 32, 32, device="cuda", requires_grad=True)
+            L_js = student(x).sum()  # it lives on while S steps, as PRE-DFKD's does
+            L_js.backward(inputs=[x])
+            if i == 5:
+                student.eval()(x.detach())
+                student.train()
+            losses[-1].append(step(x.detach()))
         states.append(student.state_dict())
     assert len(replays) == 5  # not in the first three steps, nor where the size differs
     assert torch.equal(*map(torch.stack, losses)) and len(set(map(float, losses[1]))) == 9
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("device, teacher, recorded", [
-    ("cuda", "lenet5", True), ("cpu", "lenet5", False), ("cuda", "net.py:net", False),
+@pytest.mark.parametrize("device, teacher, student, stream, replays", [
+    ("cuda", "lenet5", "lenet5_half", 1, 3), ("cuda", "lenet5", "lenet5_half", 0, 0),
+    ("cuda", "net.py:net", "lenet5_half", 1, 0), ("cuda", "lenet5", "net.py:net", 1, 0),
+    ("cpu", "lenet5", "lenet5_half", 1, 0),
 ])  # fmt: skip
-def test_what_is_recorded_as_a_cuda_graph(device, teacher, recorded, monkeypatch):
-    """Steps of S on a GPU, if both networks are ours; a stand-in for the graph sets the gradients to one."""
-    w, given = nn.Parameter(torch.tensor(3.0)), []
+def test_when_a_cuda_graph_is_recorded_and_replayed(monkeypatch, device, teacher, student, stream, replays):
+    """A stand-in for it: replay() computes again, in the place of what was recorded. 0 is CUDA's default stream."""
+    w, calls, seen = nn.Parameter(torch.tensor(3.0)), [], []
 
-    def graph(loss, weights):
-        given.extend(weights)
-        return lambda x: setattr(w, "grad", torch.tensor(1.0)) or loss(x)
+    def loss(x):
+        seen.append((x, w * x.sum()))
+        return seen[-1][1]
 
-    monkeypatch.setattr(models, "gradient_graph", graph)
+    @contextlib.contextmanager
+    def record(graph, stream):
+        yield
+        graph.x, graph.L, graph.g = seen[-1][0], seen[-1][1].detach(), w.grad
+
+    class Graph:
+        def replay(self):
+            calls.append(self)
+            self.L.copy_(w.detach() * self.x.sum())
+            self.g.copy_(self.x.sum())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0)
     optimiser = torch.optim.SGD([w], 1.0)
     decay = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.5)
-    args = argparse.Namespace(device=device, teacher_arch=teacher, student_arch="lenet5_half")
-    step = dfkd.student_step(lambda x: w * x, optimiser, decay, args)
-    losses = [step(2.0).item() for _ in range(2)]
-    assert losses == ([6, 4] if recorded else [6, 2]) and len(given) == recorded
-    assert w.item() == (1.5 if recorded else 0.0) and optimiser.param_groups[0]["lr"] == 0.25
+    args = argparse.Namespace(device=device, teacher_arch=teacher, student_arch=student)
+    step, sizes = dfkd.student_step(loss, optimiser, decay, args), (1, 1, 1, 1, 2, 1, 1)
+    losses = [step(torch.full((n,), i + 1.0)) for i, n in enumerate(sizes)]
+    weight, expected = 3.0, []
+    for i, n in enumerate(sizes):
+        expected.append(weight * (i + 1) * n)
+        weight -= 0.5**i * (i + 1) * n
+    assert torch.stack(losses).tolist() == expected and w.item() == weight and len(calls) == replays
 
 
 @pytest.mark.parametrize("flags, device, same", [
@@ -2342,18 +2379,25 @@ def test_which_runs_give_the_same_bits_again(flags, device, same):
 
 @contextlib.contextmanager
 def backward_passes(until=None, kind=signal.SIGINT):
-    """Count the backward passes, with which every step of a network or an image begins; a signal after so many."""
-    calls, backward = [], torch.Tensor.backward
+    """Count the backward passes, or replays of one, with which every step of a network or an image begins.
 
-    def counted(*args, **more):
-        if len(calls) == until:
-            assert signal.getsignal(kind) is signal.default_int_handler  # else it would end these tests
-            signal.raise_signal(kind)
-        calls.append(1)
-        backward(*args, **more)
+    After so many, a signal.
+    """
+    calls = []
+
+    def counting(function):
+        def counted(*args, **more):
+            if len(calls) == until:
+                assert signal.getsignal(kind) is signal.default_int_handler  # else it would end these tests
+                signal.raise_signal(kind)
+            calls.append(1)
+            function(*args, **more)
+
+        return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", counted)
+        for owner, name in ((torch.Tensor, "backward"), (torch.cuda.CUDAGraph, "replay")):
+            patch.setattr(owner, name, counting(getattr(owner, name)))
         yield calls
 
 
@@ -2517,7 +2561,7 @@ def test_flags_reach_the_teacher_that_is_trained(monkeypatch, tmp_path):
         raise dfkd.RunError("enough")
 
     monkeypatch.setattr(models, "train", train)
-    monkeypatch.setattr(models, "set_up_torch", lambda threads: seen.update(threads=threads))
+    monkeypatch.setattr(models, "set_up_torch", lambda threads, device: seen.update(threads=threads))
     flags = f"--teacher-epochs 3 --teacher-seed 5 --threads 7 --teacher-dir {tmp_path}/teachers --out {tmp_path}/run"
     assert dfkd.main(small(flags)) == 1
     assert seen == dict(name="lenet5", epochs=3, seed=5, precision="fp32", threads=7)
@@ -3922,23 +3966,26 @@ def test_our_generator_is_the_same_function_as_the_plain_one():
 @pytest.mark.parametrize("path", ["plain", "default"])
 def test_the_benchmark_times_both_paths(path, monkeypatch):
     """A clock that only the loop's steps move: those of G by 2, 5, 5 seconds, those of S by 1 each."""
-    made, clock, minimise = [], [0.0], dfkd.minimise
+    made, clock, step = [], [0.0], torch.optim.Adam.step
 
-    def slow(loss, optimiser, *decay):
-        minimise(loss, optimiser, *decay)
-        clock[0] += 1 if decay else 2 if clock[0] == 0 else 5
+    def slow(optimiser, *closure):
+        step(optimiser, *closure)
+        clock[0] += 1 if of_S(optimiser) else 2 if clock[0] == 0 else 5
+
+    def of_S(optimiser):
+        return len(optimiser.param_groups[0]["params"][0]) == 3  # LeNet-5-half's first channels
 
     real = nn.Module.__call__
     monkeypatch.setattr(nn.Module, "__call__", lambda net, *x, **more: made.append(type(net)) or real(net, *x, **more))
-    monkeypatch.setattr(dfkd, "minimise", slow)
+    monkeypatch.setattr(torch.optim.Adam, "step", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert step_times(path, 2, "--device cpu --batch 8 --width 8") == (5000, 1000)
     assert (g.UpsampleConv2d in made, PlainGenerator in made) == ((False, True) if path == "plain" else (True, False))
 
 
-def plain_step(loss, optimiser, decay, args):
+def plain_step(loss, optimiser, decay, args, build=dfkd.student_step):
     """dfkd.student_step without a CUDA graph."""
-    return lambda x: dfkd.minimise(loss(x), optimiser, decay)
+    return build(loss, optimiser, decay, argparse.Namespace(device="cpu"))
 
 
 def step_times(path, steps, more=""):
@@ -3976,14 +4023,14 @@ def graph_times(teacher, student, channels, batch, steps, device="cuda"):
         step = make(lambda x: g.distillation_loss(S(x), T(x), 10), *dfkd.student_optimiser(S, args), args)  # noqa: B023
         for _ in range(8):  # the graph is recorded in the fourth
             step(x)
-        begun = finished(device)
+        begun = time_when_done(device)
         for _ in range(steps):
             step(x)
-        times[make].append(1000 * (finished(device) - begun) / steps)
+        times[make].append(1000 * (time_when_done(device) - begun) / steps)
     return tuple(map(min, times.values()))
 
 
-def finished(device):
+def time_when_done(device):
     """The time when the GPU has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -3991,11 +4038,19 @@ def finished(device):
 
 
 def test_the_benchmark_counts_the_steps_with_and_without_a_graph(monkeypatch):
-    """A clock that each step moves by a second: 1000 milliseconds a step."""
-    clock, minimise = [0.0], dfkd.minimise
-    monkeypatch.setattr(dfkd, "minimise", lambda *all: minimise(*all) or clock.append(clock[-1] + 1))
+    """A clock that a step without a graph moves by two seconds, one with it by one."""
+    clock = [0.0]
+
+    def stand_in(seconds):
+        def build(loss, optimiser, decay, args):
+            return lambda x: clock.append(clock[-1] + seconds) or loss(x)
+
+        return build
+
+    monkeypatch.setattr(sys.modules[__name__], "plain_step", stand_in(2))
+    monkeypatch.setattr(dfkd, "student_step", stand_in(1))
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
-    assert graph_times("lenet5", "lenet5_half", 1, 4, steps=3, device="cpu") == (1000, 1000)
+    assert graph_times("lenet5", "lenet5_half", 1, 4, steps=3, device="cpu") == (2000, 1000)
     assert len(clock) == 1 + 4 * (8 + 3)
 
 
@@ -4029,7 +4084,7 @@ def bench():
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, {args.threads} threads"
     print(f"{where}, torch {torch.__version__}, default precision {args.precision}")
     print("RDSKD, batch 512, generator of width 128, LeNet-5 -> half; median milliseconds per step")
-    plain, default = step_times("plain", 3), step_times("default", 8)
+    plain, default = step_times("plain", 3), step_times("default", 8 if args.device == "cpu" else 24)
     rate = bare_rate(torch.bfloat16 if args.precision == "bf16" else torch.float32, args.device)
     # multiplications and additions of the three convolutions per image as computed, with 4 taps after upsampling
     work = 512 * 2 * (16**2 * 128 * 128 * 4 + 32**2 * 128 * 64 * 4 + 32**2 * 64 * 9) / 1e9
