@@ -3816,6 +3816,7 @@ def test_the_exported_student_is_the_student(own, tmp_path, name):
     assert torch.allclose(torch.export.load(tmp_path / "student.pt2").module()(x), student(x), atol=1e-6)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 exports no network that keeps something")
 @pytest.mark.filterwarnings("ignore:The tensor attribute")  # torch, of what the network keeps
 def test_a_student_that_keeps_an_activation_is_exported(own, tmp_path):
     assert own[0]("thin", f"--method noise --export {tmp_path}/student.pt2", tmp_path / "run") == 0
