@@ -530,10 +530,19 @@ def student_optimiser(student, args):
     return models.student_optimiser(student, kind, lr, decay, args.steps, args.decay_every or 1, drops)
 
 
-def minimise(loss, optimiser):
-    """One optimiser step on `loss`. Only the optimiser's own parameters get gradients: L_G depends on S, too."""
+def weights_of(optimiser):
+    return [p for group in optimiser.param_groups for p in group["params"]]
+
+
+def set_gradients(loss, optimiser):
+    """The gradients of `loss`. Only the optimiser's own parameters get them: L_G depends on S, too."""
     optimiser.zero_grad()
-    loss.backward(inputs=[p for group in optimiser.param_groups for p in group["params"]])
+    loss.backward(inputs=weights_of(optimiser))
+
+
+def minimise(loss, optimiser):
+    """One optimiser step on `loss`."""
+    set_gradients(loss, optimiser)
     optimiser.step()
 
 
@@ -542,16 +551,14 @@ def student_step(loss, optimiser, decay, args):
 
     A user's network goes without it: it may do what no graph can hold.
     """
-    weights = [p for group in optimiser.param_groups for p in group["params"]]
 
     def gradients(x):
-        optimiser.zero_grad()
         L = loss(x)
-        L.backward(inputs=weights)
+        set_gradients(L, optimiser)
         return L.detach()
 
     if args.device == "cuda" and ":" not in args.teacher_arch + args.student_arch:  # FILE.py:NAME
-        gradients = models.as_cuda_graph(gradients, weights)
+        gradients = models.as_cuda_graph(gradients, weights_of(optimiser))
 
     def step(x):
         L = gradients(x)

@@ -3923,6 +3923,13 @@ def test_the_claims_end_with_a_line_for_each_method(tmp_path):
 # ---------------------------------------------------------------- ./run.sh bench
 
 
+def time_when_done():
+    """The time when the GPU, where there is one, has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Stopwatch(Recorder):
     """Stands in for dfkd.Run: times the steps of a loop, without the first one of each stage."""
 
@@ -3934,9 +3941,7 @@ class Stopwatch(Recorder):
         for step in range(count + 1):
             begun = time.perf_counter()
             yield step
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - begun))
+            times.append(1000 * (time_when_done() - begun))
         self.logged[stage] = float(np.median(times[1:]))
 
 
@@ -4024,18 +4029,11 @@ def graph_times(teacher, student, channels, batch, steps, device="cuda"):
         step = make(lambda x: g.distillation_loss(S(x), T(x), 10), *dfkd.student_optimiser(S, args), args)  # noqa: B023
         for _ in range(8):  # the graph is recorded in the fourth
             step(x)
-        begun = time_when_done(device)
+        begun = time_when_done()
         for _ in range(steps):
             step(x)
-        times[make].append(1000 * (time_when_done(device) - begun) / steps)
+        times[make].append(1000 * (time_when_done() - begun) / steps)
     return tuple(map(min, times.values()))
-
-
-def time_when_done(device):
-    """The time when the GPU has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def test_the_benchmark_counts_the_steps_with_and_without_a_graph(monkeypatch):
@@ -4064,9 +4062,7 @@ def bare_rate(dtype, device):
         for _ in range(6):
             begun = time.perf_counter()
             F.conv_transpose2d(x, v, stride=2, padding=1)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
+            times.append(time_when_done() - begun)
     return 512 * 1024 * 128 * 64 * 4 * 2 / np.median(times[1:]) / 1e9
 
 
