@@ -1314,6 +1314,11 @@ def drawn_runs(args):
     return data.svg_curves(curves, "minutes" if over_minutes else "student step")
 
 
+def out_of_memory(error):
+    texts = ("DefaultCPUAllocator", "size calculation overflowed")  # torch has no class of its own for CPU memory
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)
+
+
 def main(argv=None):
     args = parse(argv)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
@@ -1342,9 +1347,9 @@ def main(argv=None):
         problem = models.own_failure(error) or f"{error.filename or 'standard output'}: {error.strerror or error}"
         code = 1
     except (Exception, SystemExit) as error:
-        texts = ("DefaultCPUAllocator", "size calculation overflowed")  # torch has no class of its own for CPU memory
         problem, code = models.own_failure(error), 1
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in texts):
+        # a CUDA graph whose recording runs out of memory ends with an error of its own, in the other's place
+        if out_of_memory(error) or out_of_memory(error.__context__):
             problem = "out of memory: give a smaller --batch, --width, --latent, --image-batch or --bank-size"
         if problem is None:
             raise

@@ -3219,6 +3219,22 @@ def test_errors_of_a_run_are_one_line(monkeypatch, failure, tmp_path, error, wor
     assert words in failure(1, dfkd.main, ["--device", "cpu", "--out", str(tmp_path / "out")])
 
 
+def test_a_graph_that_runs_out_of_memory_while_it_is_recorded_is_one_line(monkeypatch, failure, tmp_path):
+    class Recording:  # torch.cuda.graph: its end fails, too, when what it records has failed
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def distil(args):
+        with Recording():
+            raise torch.cuda.OutOfMemoryError("x")
+
+    monkeypatch.setattr(dfkd, "distil", distil)
+    assert "out of memory" in failure(1, dfkd.main, ["--device", "cpu", "--out", str(tmp_path / "out")])
+
+
 def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(data.fcntl, "flock", Mock(side_effect=OSError(37, "No locks available")))
     with pytest.raises(OSError, match=str(tmp_path)), data.claimed(tmp_path, dfkd.FILES, resume=False):
