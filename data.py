@@ -353,10 +353,13 @@ def cifar(name, folder):
     """
     known, names = CIFAR[name], CIFAR[name].train + CIFAR[name].test
     size = known.label_bytes + 3072
-    if all((folder / file).exists() for file in names):
+    missing = [file for file in names if not (folder / file).exists()]
+    if not missing:
         held = {file: read(folder / file, known.records * size) for file in names}
     else:
         archive = folder / known.archive
+        if len(missing) < len(names):
+            print(f"note: no {missing[0]} in {folder}; all is read from the archive", flush=True)
         if not archive.exists():
             download(archive, [mirror + known.archive for mirror in MIRRORS[name]], known.checksum)
         held = members(archive, read(archive, 60_000 * size + 2**20), names)  # and 1 MiB for all else in it

@@ -1502,7 +1502,15 @@ def test_cifar_files_are_read(tmp_path, name, packed, capsys):
         assert labels.tolist() == records[:, known.label_bytes - 1].tolist()
         assert np.array_equal(images.numpy(), records[:, known.label_bytes :].reshape(-1, 3, 32, 32))
     assert len(list((tmp_path / known.folder).iterdir())) == (1 if packed else len(files))
-    assert ("not the published file" in capsys.readouterr().out) == packed
+    shown = capsys.readouterr().out
+    assert ("not the published file" in shown) == packed and shown.count("\n") == packed
+
+
+def test_a_file_of_cifars_that_is_missing_beside_the_others_is_named(tmp_path, capsys):
+    files = {ARCHIVE: gzip.compress(tar(CIFAR), 1)} | {name: CIFAR[name] for name in CIFAR if name != "test_batch.bin"}
+    write_files(tmp_path / data.CIFAR["cifar10"].folder, files)
+    assert len(data.load("cifar10", tmp_path).test_labels) == 5
+    assert "no test_batch.bin in" in capsys.readouterr().out
 
 
 def mat_header(order):
