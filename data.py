@@ -374,7 +374,7 @@ def cifar(name, folder):
 def members(archive, content, names):
     """Name -> content of the files of these names in a tar archive; of a path there, only the last part counts.
 
-    tarfile is not used: a hostile archive can send it in circles (CVE-2025-8194) and make it fill the memory.
+    tarfile is not used: a hostile archive can make it loop for ever (CVE-2025-8194) or fill the memory.
     A header of 512 bytes has the name at 0, the size in octal digits at 124, the type at 156; content is padded to 512.
     """
     content, held, at = memoryview(content), {}, 0

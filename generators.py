@@ -24,6 +24,7 @@ References
     Distillation   Hinton, Vinyals, Dean 2015            https://arxiv.org/abs/1503.02531
 """
 
+import contextlib
 import copy
 import math
 
@@ -32,7 +33,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Dirichlet, MultivariateNormal
 from torch.linalg import vector_norm
-from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -196,7 +196,7 @@ def frozen(G):
 
 def transposed(conv):
     """The upsampling convolution as torch's own layer, its kernel computed once; no random number is drawn."""
-    layer = skip_init(nn.ConvTranspose2d, conv.in_channels, conv.out_channels, 4, stride=2, padding=1)
+    layer = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device="meta")
     layer.weight, layer.bias = nn.Parameter(conv.kernel().detach()), conv.bias
     return layer
 
@@ -330,8 +330,8 @@ def diversity_within_classes(images, logits):
     """How different images of one class are: root of the mean squared difference of their pixels, over all pairs [I].
 
     images (B, C, H, W), logits (B, K) -> scalar; two independent images of unit variance differ by sqrt(2) = 1.41.
-    The class is the teacher's, argmax_k t; every image counts alike, an only one as 0. The mean square over pairs is
-    twice the variance.
+    The class is the teacher's, argmax_k t. Each image has the same weight; an image alone in its class counts as 0. The
+    mean square over pairs is twice the variance.
     """
     classes, squared = logits.argmax(1), images.new_zeros(())
     for k in classes.unique():
@@ -461,8 +461,8 @@ def soft_target_loss(logits, targets, temperature):
 def dirichlet_concentrations(weight):
     """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
 
-    weight (K, M) of the teacher's last layer -> (K, K). ZSKD [C]. Of two classes it gives the identity, whatever the
-    weights: all labels are one-hot then.
+    weight (K, M) of the teacher's last layer -> (K, K). ZSKD [C]. With two classes it is always the identity:
+    all labels are one-hot.
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)
@@ -557,12 +557,10 @@ def batch_norm_inputs(net, x):
         if h.dim() == 4:  # a SyncBatchNorm may follow an nn.Linear, too
             inputs.append((layer, h))
 
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         return net(x), inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def batch_norm_prior(batch_norm):

@@ -257,7 +257,7 @@ class Own(Classifier):
             if not plain or not value.isfinite().all():
                 raise NetworkError(f"{name}: '{key}' in its state dict is no tensor of finite float32 or integers; "
                                    "a buffer stays out of it with persistent=False")  # fmt: skip
-        # as it is read from a file: a buffer made by expand cannot be
+        # an error now, not when a file of it is read: a buffer made by expand cannot be loaded
         net.load_state_dict({key: value.clone() for key, value in net.state_dict().items()})
         self.shape = (channels, size, size)
         self.examine()
@@ -267,17 +267,16 @@ class Own(Classifier):
     def examine(self):
         """See how many classes it has, which nn.Linear is called last, and whether that one gives the logits.
 
-        With weights from a file this may be otherwise. And weight_norm and pruning renew a layer's `weight` only when
-        the layer is called.
+        `load` calls this again: the weights of a file may change the answer. The pass also renews the `weight` that
+        weight_norm and pruning compute only when the layer is called.
         """
         called = []
         layers = [(key, layer) for key, layer in self.net.named_modules() if isinstance(layer, nn.Linear)]
-        hooks = [m.register_forward_hook(lambda m, x, y, n=n: called.append((n, y.clone()))) for n, m in layers]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for key, layer in layers:
+                note = functools.partial(lambda key, layer, x, y: called.append((key, y.clone())), key)
+                hooks.enter_context(layer.register_forward_hook(note))
             _, logits = self.probe()
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.classes = logits.shape[1]
         self.last, y = called[-1] if called else (None, None)
         self.ends_there = y is not None and torch.equal(y, logits)
@@ -335,16 +334,23 @@ class Own(Classifier):
         # NCHW, because many networks call view(B, -1); a copy, because some change their input in place
         x = x.clone(memory_format=torch.contiguous_format)
         if not return_features:
-            return rows(self.net(x), x)
+            return self.called(x)
         if self.last is None:
-            return rows(self.net(x), x), None
+            return self.called(x), None
         read = []
 
         def note(layer, inputs, named):
             read.append(inputs[0] if inputs else named["input"])
 
         with self.classifier.register_forward_pre_hook(note, with_kwargs=True):
-            return rows(self.net(x), x), rows(read[-1], x)
+            return self.called(x), rows(read[-1], x)
+
+    def called(self, x):
+        try:
+            return rows(self.net(x), x)
+        except (Exception, SystemExit) as error:
+            error.network = self.name  # for `own_failure`
+            raise
 
     def state_dict(self, *args, **more):
         return self.net.state_dict(*args, **more)
@@ -364,13 +370,12 @@ def in_one_line(error):
 
 def own_failure(error):
     """One line on an error that a network of one's own raised in its forward pass; None for other errors."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    names = [frame.f_locals["self"].name for frame, _ in frames if frame.f_code is Own.forward.__code__]
-    if not names:
+    name = getattr(error, "network", None)
+    if name is None:
         return None
-    file = Path(names[-1].rpartition(":")[0])
-    lines = [line for frame, line in frames if Path(frame.f_code.co_filename) == file.resolve()]
-    return f"{names[-1]} fails{f' in line {lines[-1]}' if lines else ''}: {in_one_line(error)}"
+    file = Path(name.rpartition(":")[0]).resolve()
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    return f"{name} fails{f' in line {lines[-1]}' if lines else ''}: {in_one_line(error)}"
 
 
 FOLDERS = {Path(__file__).resolve().parent}  # of our modules, and of the users' files
@@ -392,9 +397,8 @@ def module_of(path):
     """
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     beside = {entry.stem for entry in path.parent.iterdir() if entry.suffix == ".py" or entry.is_dir()} - {"__main__"}
-    elsewhere = FOLDERS - {path.parent}
-    hidden = {key: held for key, held in sys.modules.items()
-              if key.partition(".")[0] in beside and home(key.partition(".")[0]) in elsewhere}  # fmt: skip
+    foreign = {name for name in beside if home(name) in FOLDERS - {path.parent}}
+    hidden = {key: held for key, held in sys.modules.items() if key.partition(".")[0] in foreign}
     for key in hidden:
         del sys.modules[key]
     FOLDERS.add(path.parent)
@@ -483,7 +487,7 @@ def on_device(name, info, device, precision):
     return net
 
 
-def sample(name, info):
+def tried(name, info):
     """Build the network `name` only to check that it takes such images -> the network, with its `classes`.
 
     Raises ValueError or NetworkError, with one line that says why it does not.
@@ -520,9 +524,7 @@ def exported(net, info):
     return buffer.getbuffer()
 
 
-# ---------------------------------------------------------------- teachers: trained here once, or given
-
-TEACHER_BATCH = 128
+# ---------------------------------------------------------------- optimisers, and a step as a CUDA graph
 
 
 def trained_weights(net):
@@ -565,9 +567,9 @@ def as_cuda_graph(gradients, weights):
     Small networks leave a GPU waiting while their many kernels are started one by one. A graph starts all of them at
     once: the same kernels, the same bits. Three calls go without it, in which cuDNN and cuBLAS set themselves up; the
     fourth records it. Images of another shape go without it. The graph keeps its memory beside what all else needs.
-    It is recorded on the current stream. Autograd may still hold the weights there, from a step of G on S's logits; a
-    graph on another stream would have to wait for that one, which fails. CUDA's default stream can record nothing: all
-    goes without a graph there. `set_up_torch` chooses another.
+    It is recorded on the current stream. A step of G on S's logits may still hold S's weights there; a graph on another
+    stream would have to wait for that one, and recording would fail. CUDA's default stream can record nothing: all goes
+    without a graph there. `set_up_torch` chooses another.
     """
     if torch.cuda.current_stream() == torch.cuda.default_stream():
         return gradients
@@ -591,6 +593,11 @@ def as_cuda_graph(gradients, weights):
         return L.clone()  # the next call computes in the place of L
 
     return f
+
+
+# ---------------------------------------------------------------- teachers: trained here once, or given
+
+TEACHER_BATCH = 128
 
 
 def teacher_lr(name):
@@ -703,6 +710,9 @@ def load(path, name, info, device, precision):
     if isinstance(net, Own):
         net.examine()
     return net
+
+
+# ---------------------------------------------------------------- measuring, saving, restoring
 
 
 @torch.no_grad()

@@ -113,9 +113,9 @@ def latent_balance_loss(z, logits):
 def balanced_latents(z, decoder, teacher, lr, gradient_in_decoder=False):
     """Category-balanced inference of memory samples: z takes one Adam step on `latent_balance_loss` [P, C].
 
-    z (B, d) ~ N(0, I) -> z (B, d) and the loss, both without gradient. `gradient_in_decoder` leaves the gradient of the
-    loss, at the z that came in, in the decoder's weights too: the authors' code does not clear it before the VAE's
-    step [C].
+    z (B, d) ~ N(0, I) -> z (B, d) and the loss, both without gradient. With `gradient_in_decoder`, the
+    decoder's weights get the loss's gradient, too, at the z that came in. The authors' code does not clear it before
+    the VAE's step [C].
     """
     z = z.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([z], lr)

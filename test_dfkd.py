@@ -67,8 +67,8 @@ def glyphs_are_drawn_once():
 def networks_are_tried_once():
     """Trying the networks takes most of dfkd.parse's time. Those of the user's files are new ones each time."""
     with pytest.MonkeyPatch.context() as patch:
-        first, again = models.sample, functools.cache(models.sample)
-        patch.setattr(models, "sample", lambda name, info: (first if ":" in name else again)(name, info))
+        first, again = models.tried, functools.cache(models.tried)
+        patch.setattr(models, "tried", lambda name, info: (first if ":" in name else again)(name, info))
         yield
 
 
