@@ -388,28 +388,37 @@ def home(name):
     return Path(where).parent if where else None
 
 
-@functools.cache
-def module_of(path):
-    """The Python file `path`, run once. It imports what lies beside it, not a module of the same name from elsewhere.
+@contextlib.contextmanager
+def imports_from_beside(path):
+    """Meanwhile imports find what lies beside the file `path`, not a module of the same name from elsewhere.
 
-    Modules of such names, ours or those of another network's file, are put aside meanwhile: teacher and student may
-    each have a utils.py.
+    Modules of such names, ours or those of another network's file, are put aside: teacher and student may each have a
+    utils.py.
     """
-    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    folder = str(path.parent)
     beside = {entry.stem for entry in path.parent.iterdir() if entry.suffix == ".py" or entry.is_dir()} - {"__main__"}
     foreign = {name for name in beside if home(name) in FOLDERS - {path.parent}}
     hidden = {key: held for key, held in sys.modules.items() if key.partition(".")[0] in foreign}
     for key in hidden:
         del sys.modules[key]
     FOLDERS.add(path.parent)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
+    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        yield
     finally:
-        sys.path.remove(str(path.parent))
-        sys.path.append(str(path.parent))  # for what it imports later
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # for what it imports later
         sys.modules.update(hidden)
+
+
+@functools.cache
+def module_of(path):
+    """The Python file `path`, run once."""
+    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with imports_from_beside(path):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -432,7 +441,8 @@ def own(name, num_classes, channels, size):
     try:
         takes = inspect.signature(make).parameters
         given = dict(num_classes=num_classes, channels=channels)
-        net = make(**{key: value for key, value in given.items() if key in takes and value is not None})
+        with imports_from_beside(path):
+            net = make(**{key: value for key, value in given.items() if key in takes and value is not None})
     except (Exception, SystemExit) as error:
         raise NetworkError(f"{name} cannot be called, see --num-classes, --channels: {in_one_line(error)}") from None
     if not isinstance(net, nn.Module):

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -1506,6 +1507,21 @@ def test_cifar_files_are_read(tmp_path, name, packed, capsys):
     assert ("not the published file" in shown) == packed and shown.count("\n") == packed
 
 
+@pytest.mark.parametrize("name, file", [("cifar10", 10_000 * 3073), ("cifar100", 50_000 * 3074)])
+@pytest.mark.parametrize("packed", [False, True], ids=["files", "archive"])
+def test_the_published_cifar_files_are_not_too_large(tmp_path, spy, name, file, packed):
+    known, files, reads = data.CIFAR[name], cifar_files(name), spy(data, "read")
+    write_files(tmp_path / known.folder, {known.archive: gzip.compress(tar(files))} if packed else files)
+    data.load(name, tmp_path)
+    assert len(reads) > 0
+    assert all(limit >= (60_000 * (known.label_bytes + 3072) if packed else file) for (_, limit), _ in reads)
+
+
+def test_a_file_of_cifar_100_holds_50_000_images():
+    _, labels = data.parse_cifar(Path("train.bin"), bytes(50_000 * 3074), data.CIFAR["cifar100"], 100)
+    assert len(labels) == 50_000
+
+
 def test_a_file_of_cifars_that_is_missing_beside_the_others_is_named(tmp_path, capsys):
     files = {ARCHIVE: gzip.compress(tar(CIFAR), 1)} | {name: CIFAR[name] for name in CIFAR if name != "test_batch.bin"}
     write_files(tmp_path / data.CIFAR["cifar10"].folder, files)
@@ -1545,7 +1561,8 @@ def svhn_file(order="<", compressed=True, n=7, labels=None, more=b"", X_flags=9,
 
 @pytest.mark.parametrize("order", "<>", ids=["little-endian", "big-endian"])
 @pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
-def test_svhn_files_are_read(tmp_path, order, compressed, capsys):
+def test_svhn_files_are_read(tmp_path, order, compressed, capsys, spy):
+    opened = spy(data, "opened")
     other = mat_element(order, 14, mat_element(order, 6, bytes(8)))  # without values
     for flags in (5, 1, 0x806, 99):  # sparse, a cell array, complex, unknown
         other += mat_matrix(order, "Z", np.zeros((9, 9)), 9, compressed, flags)
@@ -1557,6 +1574,7 @@ def test_svhn_files_are_read(tmp_path, order, compressed, capsys):
     assert real.train_images.shape == (9, 3, 32, 32)
     assert np.array_equal(real.test_images.numpy(), X.transpose(3, 2, 0, 1))
     assert real.test_labels.tolist() == [0 if v == 10 else v for v in y.flatten()]
+    assert len(opened) > 0 and all(limit > 183e6 for (_, limit), _ in opened)  # the published one has 182 MB
     assert capsys.readouterr().out.count("not the published file") == 2
 
 
@@ -1797,6 +1815,20 @@ def test_downloads_are_checked_and_whole(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     data.compare_with_published(path, right)
     assert capsys.readouterr().out == ""
+
+
+def test_downloads_may_be_large_and_have_a_time_limit(tmp_path, monkeypatch):
+    asked = []
+
+    class Response(io.BytesIO):
+        def read(self, count):
+            asked.append(count)
+            return b""
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Response())
+    with pytest.raises(data.DataError):
+        data.download(tmp_path / "a", ["http://a/a"], "")
+    assert asked[0] > 183e6
 
 
 def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
@@ -2153,6 +2185,8 @@ def test_the_whole_command_on_the_files_of_a_data_set(made_data_sets, tmp_path, 
     picture.unlink()
     assert dfkd.main(small(f"{flags} --resume")) == 0
     assert picture.read_bytes() == drawn
+    (tmp_path / "a" / "student.pt").unlink()
+    assert dfkd.main(small(f"{flags} --resume")) == 0 and (tmp_path / "a" / "student.pt").exists()
 
 
 def test_a_run_that_trains_its_teacher_is_the_run_that_finds_it(made_data_sets, tmp_path):
@@ -2166,6 +2200,8 @@ def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path):
     assert blind(tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "checkpoint.pt.host.1.part").write_bytes(b"half")  # of a killed run
+    (tmp_path / "transfer").mkdir()
+    (tmp_path / "transfer" / "0.pt.host.1.part").write_bytes(b"half")
     (tmp_path / "films.part").write_bytes(b"none of ours")
     assert re.search("--resume .*--out", refused(tmp_path, "--seed 1"))
     torch.save({}, tmp_path.parent / "other.pt")
@@ -2175,7 +2211,7 @@ def test_an_earlier_run_is_neither_mixed_nor_lost(blind, refused, tmp_path):
     assert blind(tmp_path, "--resume") == 0
     for path, content in before.items():
         assert path.name == "result.json" or path.read_bytes() == content  # that has the seconds in it
-    assert [path.name for path in tmp_path.glob("*.part")] == ["films.part"]
+    assert [path.name for path in tmp_path.rglob("*.part")] == ["films.part"]
 
 
 VAE = "--replay vae --memory-width 4 --memory-latent 8"
@@ -2480,14 +2516,20 @@ def test_a_stopped_run_keeps_its_evaluations(command, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_killed_run_goes_on(blind, whole, teacher_file, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_run_goes_on(blind, whole, teacher_file, tmp_path, kind):
     flags = "--steps 60 --eval-every 5 --generator-steps 1"
     arguments = small(f"--teacher {teacher_file} --no-eval --out {tmp_path} {flags}")
     with subprocess.Popen([sys.executable, HERE / "dfkd.py", *arguments], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as run:  # fmt: skip
         next(line for line in run.stdout if line.startswith("student    10/"))
-        run.kill()
-    assert run.returncode == -signal.SIGKILL and not (tmp_path / "result.json").exists()
+        run.send_signal(kind)
+        error = run.stderr.read()
+    assert not (tmp_path / "result.json").exists()
+    if kind == signal.SIGKILL:
+        assert run.returncode == -kind
+    else:
+        assert run.returncode == 130 and "--resume" in one_line(error)
     assert blind(tmp_path, f"{flags} --resume") == 0
     assert_same(whole(flags)[0], tmp_path)
 
@@ -2575,6 +2617,21 @@ def test_flags_reach_the_teacher_that_is_trained(monkeypatch, tmp_path):
     assert seen == dict(name="lenet5", epochs=3, seed=5, precision="fp32", threads=7)
 
 
+def test_the_checksum_of_a_network_has_its_statistics_in_it():
+    net = models.build("wrn-10-1")
+    before = models.crc(net)
+    net.bn.running_mean += 1
+    assert models.crc(net) != before
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_at_once(monkeypatch, glyphs_are_drawn_once):
+    monkeypatch.setattr(models, "train", None)
+    with pytest.raises(OSError):
+        models.trained(Path("/proc/self"), "glyphs", "lenet5", glyphs_are_drawn_once, GLYPHS, 1, 0, "fp32", None)
+    with pytest.raises(OSError), data.claimed(Path("/proc/self"), dfkd.FILES, resume=False):
+        raise AssertionError
+
+
 def test_a_teacher_is_kept_for_each_of_its_settings(tmp_path, monkeypatch, glyphs_are_drawn_once):
     monkeypatch.setattr(models, "train", lambda name, *rest: models.build(name))
     real = glyphs_are_drawn_once
@@ -2656,6 +2713,8 @@ def test_resume_refuses_a_flag_that_was_not_there(whole, refused, tmp_path):
     shutil.copytree(whole("--method zskd")[0], tmp_path, dirs_exist_ok=True)
     altered(lambda saved: saved["settings"].pop("image_lr"))(tmp_path / "checkpoint.pt")
     assert "--image-lr None, now" in refused(tmp_path, "--method zskd --resume")
+    altered(lambda saved: saved["settings"].update(gone=0.5, image_lr=0.1))(tmp_path / "checkpoint.pt")
+    assert "--gone 0.5, now None" in refused(tmp_path, "--method zskd --image-lr 0.1 --resume")
 
 
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
@@ -2734,6 +2793,12 @@ def test_cores_that_others_use(monkeypatch, capsys):
         monkeypatch.setattr(models, "cores_in_use", lambda used=used: used)
         models.set_up_torch(2)
         assert ("other processes keep the cores busy" in capsys.readouterr().out) == said
+    models.set_up_torch(1)
+    assert "busy" not in capsys.readouterr().out
+
+
+def test_the_peak_of_the_memory_is_in_gib():
+    assert 0.05 < float(models.peak_memory("cpu").split()[0]) < 1000
 
 
 def test_what_a_run_says_at_its_end(tmp_path, capsys):
@@ -2750,6 +2815,36 @@ def test_what_a_run_says_at_its_end(tmp_path, capsys):
                   "images   24: the teacher puts 75.0 % of them into their label's top class",
                   "25.0 % of the labels favour another class", "time     1:01 for the distillation"):  # fmt: skip
         assert words in printed
+
+
+def test_the_record_keeps_no_graph(tmp_path):
+    run, _ = bare_run(tmp_path)
+    next(run.steps("student", 8))
+    h = 2 * torch.ones(3, requires_grad=True)
+    run.log(L_G=(h * h).sum())
+    held = weakref.ref(h)
+    del h
+    assert held() is None
+
+
+def test_the_first_nan_is_the_one_that_is_named(tmp_path):
+    run, _ = bare_run(tmp_path)
+    with pytest.raises(dfkd.RunError, match="L_kd became nan at student step 2;"):
+        for turn in run.steps("student", 4):
+            run.log(L_a=torch.tensor(math.nan if turn == 2 else 0.0), L_kd=torch.tensor(math.nan if turn == 1 else 0.0))
+
+
+def test_images_are_compared_without_gradients(tmp_path):
+    run, _ = bare_run(tmp_path)
+    seen = []
+
+    class S(nn.Module):
+        def forward(self, x):
+            seen.append(torch.is_grad_enabled())
+            return x.flatten(1)
+
+    run.teacher, run.kept = nn.Flatten(), {"S": S()}
+    assert run.compared([torch.randn(5, 1, 2, 2)])[0] == 100 and seen == [False]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -2781,6 +2876,16 @@ def test_progress_within_a_long_round(monkeypatch, tmp_path, capsys):
         clock[0] = seconds
         run.tell("step 50/100")
     assert capsys.readouterr().out == "images     0/8  step 50/100\n"  # every 15 seconds
+
+
+def test_the_rate_of_a_resumed_run_counts_from_where_it_goes_on(monkeypatch, tmp_path, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    run, _ = bare_run(tmp_path, "--eval-every 4")
+    run.done["student"] = 4
+    for _ in run.steps("student", 8):
+        clock[0] += 1
+    assert "student    8/8    1.0/s" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- finished runs
@@ -2868,10 +2973,10 @@ def test_table_has_a_row_for_runs_that_differ_in_the_seed(two_runs, capsys, monk
 
 
 def test_a_table_keeps_its_form_whatever_a_folder_is_called(two_runs, capsys):
-    odd = two_runs[0].rename(two_runs[0].with_name("a|b\n c-0"))
+    odd = two_runs[0].rename(two_runs[0].with_name("a|b\n c\udcff-0"))  # whose name is no UTF-8
     assert dfkd.main(["--table", str(odd)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and lines[2].startswith(r"| a\|b c | 99.00 |")
+    assert len(lines) == 11 and lines[2].startswith(r"| a\|b c? | 99.00 |")
 
 
 @pytest.mark.parametrize("key, value, words", [("width", 32, "'width'"), ("seed", 4, "the same seeds")])
@@ -2881,6 +2986,22 @@ def test_table_refuses_a_row_of_runs_that_do_not_belong_together(two_runs, failu
     result["args"][key] = value
     path.write_text(json.dumps(result))
     assert words in failure(1, dfkd.main, ["--table", *map(str, two_runs)])
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
+def test_runs_of_a_row_may_differ_in_seed_teacher_and_device(two_runs, seeds):
+    for i, folder in enumerate(two_runs):
+        result = json.loads((folder / "result.json").read_text())
+        result["args"].update(seed=seeds[i], teacher_seed=i, teacher_crc=i, device=("cpu", "cuda")[i])
+        (folder / "result.json").write_text(json.dumps(result))
+    assert data.results_table(two_runs).count("| <a> |") == 3
+
+
+def test_a_curve_without_its_last_rows_is_damaged(two_runs):
+    path = two_runs[0] / "metrics.csv"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1]))
+    with pytest.raises(data.DataError, match="damaged"):
+        data.finished(two_runs[0])
 
 
 def test_damaged_results_are_drawn_or_refused(two_runs):
@@ -3000,6 +3121,9 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--plot a --method pre", "--method means nothing to --plot"),
     ("--pictures a --no-balanced", "--no-balanced means nothing to --pictures"), ("--table=", "--table is empty"),
     ("--plot a --out data.py", "data.py: no file of this kind; give a FILE.svg"), ("--temperature 1e30", "between"),
+    ("--dataset glyphs --teacher-arch net.py:Net", "not trained here"),
+    ("--teacher dfkd.py --teacher-epochs 3", "--teacher-epochs means nothing"),
+    ("--teacher dfkd.py --teacher-arch lenet5 --mean 0.3", "--mean and --std: give both"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, failure, monkeypatch, tmp_path):
     monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
@@ -3107,6 +3231,10 @@ def test_defaults_of_ones_own_teacher(tmp_path):
     torch.save({}, tmp_path / "t.pt")
     args = dfkd.parse(f"--teacher {tmp_path}/t.pt --teacher-arch wrn-16-2 --num-classes 5 --device cpu".split())
     assert (args.channels, args.image_size, args.mean, args.std) == (3, 32, 3 * (0.5,), 3 * (0.25,))
+    args = dfkd.parse(f"--teacher {tmp_path}/t.pt --teacher-arch wrn-16-2 --mean 0.1 --std 0.2 --device cpu".split())
+    assert (args.num_classes, args.channels) == (10, 1)
+    args = dfkd.parse(f"--teacher {tmp_path}/t.pt --teacher-arch wrn-16-2 --channels 2 --device cpu".split())
+    assert args.steps == 12_000  # MNIST's column
 
 
 def test_the_student_optimisers_follow_their_schedules(monkeypatch):
@@ -3115,6 +3243,7 @@ def test_the_student_optimisers_follow_their_schedules(monkeypatch):
         assert isinstance(optimiser, torch.optim.SGD) == ("sgd" in flags or "cifar" in flags)
         group = optimiser.param_groups[0]
         assert group["weight_decay"] == (5e-4 if isinstance(optimiser, torch.optim.SGD) else 0)
+        assert not group.get("nesterov")
         assert "cycle" in flags or group.get("momentum", 0.9) == 0.9  # torch's cycle moves it
         values = []
         for _ in range(steps):
@@ -3218,6 +3347,7 @@ def test_what_is_found_wrong_later_is_one_line(command, tmp_path, flags, words, 
 
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory: give a smaller"),
+    (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "out of memory"),
     (MemoryError(), "out of memory"), (torch.cuda.OutOfMemoryError("x"), "out of memory"),
     (BrokenPipeError(32, "Broken pipe"), "standard output: Broken pipe"),
     (OSError(28, "No space left"), "standard output: No space"),  # a file's error has its name
@@ -3479,6 +3609,24 @@ class LateTable(Late):
     error = OSError("no table")
 
 
+class Only(nn.Module):  # all of it in a child whose name other programs put in front of the keys
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    def forward(self, x):
+        return self.model(x)
+
+
+class Twice(nn.Module):  # calls its layer twice
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(784, 784)
+
+    def forward(self, x):
+        return self.fc(self.fc(x.flatten(1)).relu())
+
+
 class Keeping(CNN):  # a mean of its features, and with it the graph of every pass
     mean = 0
 
@@ -3494,13 +3642,17 @@ pruned = lambda: nn.Sequential(nn.Flatten(), prune.identity(nn.Linear(784, 10), 
 same = CNN(4)
 again = lambda: same
 sharing = lambda: nn.Sequential(same, nn.Linear(10, 10))
+lent = CNN(4)
+lent.bn.running_mean = same.bn.running_mean
+borrowing = lambda: lent
 pairs = lambda: nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (2, 784)), nn.Linear(784, 10))
 lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 frozen = lambda: CNN().requires_grad_(False)
 halved = lambda: CNN().half()
 batch_statistics = lambda: CNN(5)
 no_linear = lambda: nn.Sequential(nn.Conv2d(1, 10, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-not_last = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU())
+not_last = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU(True))
+one = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 1))
 seven = lambda num_classes=7: nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))
 images = lambda: nn.Conv2d(1, 1, 3)
 text = lambda: "network"
@@ -3568,15 +3720,17 @@ def test_the_check_of_a_student_leaves_it_as_it_was():
 
 
 @pytest.mark.parametrize("until, code", [(3, 130), (None, 0)])  # begun; finished
-@pytest.mark.parametrize("changed", ["net.py", "t.npz"])
+@pytest.mark.parametrize("changed", ["net.py", "teacher.py", "t.npz"])
 def test_resume_refuses_a_changed_file_of_ones_own(own, failure, tmp_path, until, code, changed):
-    shutil.copy(own[1] / "nets.py", tmp_path / "net.py")
+    for name in ("net.py", "teacher.py"):
+        shutil.copy(own[1] / "nets.py", tmp_path / name)
     shutil.copy(own[1] / "CNN.npz", tmp_path / "t.npz")
     flags = f"--method noise --steps 9 --eval-every 2 --test {tmp_path}/t.npz --student-arch {tmp_path}/net.py:small"
+    flags += f" --teacher-arch {tmp_path}/teacher.py:CNN"
     with backward_passes(until):
         assert own[0]("CNN", flags, tmp_path / "run") == code
     held = (tmp_path / changed).read_bytes()
-    if changed == "net.py":
+    if changed.endswith(".py"):
         (tmp_path / changed).write_bytes(held + b"# later")
     else:
         np.savez(tmp_path / changed, images=np.zeros((1, 1, 28, 28), np.uint8), labels=np.zeros(1, int))
@@ -3646,6 +3800,20 @@ def test_a_weight_that_a_layer_computes_is_that_of_the_file(own, tmp_path, prefi
     assert torch.equal(teacher.classifier.weight, saved.classifier.weight_orig)
 
 
+def test_a_networks_own_names_are_no_prefix(own, tmp_path):
+    arch, path = f"{own[1]}/nets.py:Only", tmp_path / "teacher.pt"
+    saved = models.build(arch, 10, 1, 28).state_dict()
+    torch.save(saved, path)
+    loaded = models.load(path, arch, data.Info(10, 1, (0.0,), (1.0,), size=28), "cpu", "fp32").state_dict()
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+
+
+def test_the_features_are_what_the_last_call_of_a_layer_reads(own):
+    net = models.build(f"{own[1]}/nets.py:Twice", None, 1, 28)
+    logits, features = net(torch.randn(4, 1, 28, 28), return_features=True)
+    assert torch.equal(net.classifier(features), logits)
+
+
 def test_the_last_layer_is_looked_for_with_the_weights_of_the_file(own, tmp_path, failure):
     arch, path = f"{own[1]}/nets.py:Rezero", tmp_path / "teacher.pt"
     flags = f"--teacher {path} --teacher-arch {arch} --method soft-target"
@@ -3677,11 +3845,13 @@ def test_two_networks_import_each_what_lies_beside_it(tmp_path):
         (tmp_path / name / "blocks").mkdir(parents=True)
         (tmp_path / name / "blocks" / "last.py").write_text(f"from torch.nn import {layer} as last")
         (tmp_path / name / "act.py").write_text("from blocks.last import last as act")
-        text = "from torch import nn\nfrom act import act\n"
-        text += "net = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3), act())"
-        (tmp_path / name / "net.py").write_text(text)
-    for name, layer in (("a", nn.ReLU), ("b", nn.Tanh)):
-        assert isinstance(models.build(f"{tmp_path}/{name}/net.py:net", None, 1, 8).net[2], layer)
+        net = "return nn.Sequential(nn.Flatten(), nn.Linear(64, 3), act())\n"
+        head = "from torch import nn\n"
+        (tmp_path / name / "net.py").write_text(f"{head}from act import act\ndef net():\n    {net}")
+        (tmp_path / name / "late.py").write_text(f"{head}def late():\n    from act import act\n    {net}")
+    for function in ("net", "late", "late"):
+        for name, layer in (("a", nn.ReLU), ("b", nn.Tanh)):
+            assert isinstance(models.build(f"{tmp_path}/{name}/{function}.py:{function}", None, 1, 8).net[2], layer)
 
 
 BAD_NETWORKS = [  # teacher, further flags, what the line says
@@ -3707,12 +3877,14 @@ BAD_NETWORKS = [  # teacher, further flags, what the line says
     ("nets.py:probabilities", "", "probabilities, not logits"),
     ("nets.py:halved", "", "no tensor of finite float32"), ("nets.py:Complex", "", "no tensor of finite float32"),
     ("nets.py:Expanded", "", 'cannot be used: .*"zeros"'),
+    ("nets.py:CNN", "--std 0.1 0.2", "1 and 2 numbers for 1"), ("nets.py:one", "", "not logits"),
     ("nets.py:CNN", "--std 0", "--std"), ("nets.py:CNN", "--dataset glyphs", "--dataset"),
     ("nets.py:pairs", "", r"fails on images \(3"), ("nets.py:lazy", "", "cannot be used"),
     ("nets.py:Exits", "", "fails on images .*SystemExit"),
     ("nets.py:CNN", "--student-arch nets.py:Unused", "no weights"),
     ("nets.py:again", "--student-arch nets.py:again", "very network"),
     ("nets.py:again", "--student-arch nets.py:sharing", "or a part of it"),
+    ("nets.py:again", "--student-arch nets.py:borrowing", "or a part of it"),
     ("nets.py:CNN", "--student-arch nets.py:Keeping", "passes no gradient: .*a second time"),
     ("nets.py:CNN", "--student-arch nets.py:Branching --export a.pt2", "--student-arch: .* cannot be exported"),
     *(("nets.py:no_linear", f"--method {m}", "no nn.Linear.*take") for m in ("dafl", "pre", "soft-target", "zskd")),
@@ -3778,6 +3950,7 @@ BAD_TESTS = {
     "more channels": (dict(images=X.repeat(3, 1), labels=Y), "--channels"),
     "no images": (dict(images=X[:0], labels=Y[:0]), "0 labels"),
     "float labels": (dict(images=X, labels=Y / 1), "labels is float64"),
+    "labels of two axes": (dict(images=X, labels=Y[:, None]), "labels is int64"),
     "other count": (dict(images=X, labels=Y[:5]), "5 labels"),
     "high labels": (dict(images=X, labels=Y + 5), "label 10"), "low": (dict(images=X, labels=Y - 1), "label -1"),
 }  # fmt: skip
@@ -3838,6 +4011,12 @@ def test_the_exported_student_is_the_student(own, tmp_path, name):
     student.load_state_dict(torch.load(tmp_path / "run" / "student.pt", weights_only=True))
     x = torch.randn(5, 1, 28, 28)
     assert torch.allclose(torch.export.load(tmp_path / "student.pt2").module()(x), student(x), atol=1e-6)
+
+
+def test_what_is_exported_is_in_eval_mode(tmp_path):
+    net, x = models.build("wrn-10-1"), torch.randn(5, 1, 32, 32)
+    (tmp_path / "s.pt2").write_bytes(models.exported(net.train(), GLYPHS))
+    assert torch.allclose(torch.export.load(tmp_path / "s.pt2").module()(x), net.eval()(x), atol=1e-6)
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 exports no network that keeps something")
@@ -3906,6 +4085,38 @@ def test_the_rows_of_a_table_are_commands_with_a_folder_each(tmp_path, job, seed
     assert all(args["seed"] == args["teacher_seed"] for args in made)
     assert {args["seed"] for args in made} == set(range(seeds))
     assert len(set(map(str, made))) == len(made)  # no two rows are the same run
+
+
+@pytest.mark.parametrize("gpu, flags, large", [
+    (True, "", True), (False, "", False), (True, " --device cpu", False), (True, " --device=cpu", False),
+])  # fmt: skip
+def test_which_pairs_the_cifar_table_has(tmp_path, gpu, flags, large):
+    (tmp_path / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {gpu}")
+    script = f'''case "$2" in
+        *is_available*) PYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@" ;;
+        *) [ "$1" = -c ] || echo "$@" ;;
+    esac'''
+    assert ("resnet34" in run_sh(tmp_path, f"table cifar10{flags}", script, seeds="0")) == large
+
+
+def test_the_short_table_has_no_further_rows(tmp_path):
+    assert "drift" not in run_sh(tmp_path, "table glyphs", '[ "$1" = -c ] || echo "$@"', seeds="0")
+
+
+@pytest.mark.parametrize("version, enough", [("2.5.1", False), ("2.6.0", True), ("2.10.0+cpu", True), ("3.0.0", True)])
+def test_which_torch_is_recent_enough(tmp_path, version, enough):
+    shutil.copy(HERE / "run.sh", tmp_path)
+    (tmp_path / "dfkd.py").touch()
+    (tmp_path / "torch.py").write_text(f"__version__ = {version!r}")
+    script = f'''case "$1 $2" in
+        "-c import numpy"*) PYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@" ;;
+        "-m venv") exit 1 ;;
+        "-c "*) ;;
+        *) echo ran ;;
+    esac'''
+    env = with_python(tmp_path, script)
+    ran = subprocess.run(["bash", tmp_path / "run.sh"], env=env, capture_output=True, text=True)
+    assert (ran.returncode, "ran\n" in ran.stdout) == (0 if enough else 1, enough)
 
 
 def test_the_main_job_is_rdskd(tmp_path):
