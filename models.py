@@ -334,18 +334,18 @@ class Own(Classifier):
         # NCHW, because many networks call view(B, -1); a copy, because some change their input in place
         x = x.clone(memory_format=torch.contiguous_format)
         if not return_features:
-            return self.called(x)
+            return self.answer(x)
         if self.last is None:
-            return self.called(x), None
+            return self.answer(x), None
         read = []
 
         def note(layer, inputs, named):
             read.append(inputs[0] if inputs else named["input"])
 
         with self.classifier.register_forward_pre_hook(note, with_kwargs=True):
-            return self.called(x), rows(read[-1], x)
+            return self.answer(x), rows(read[-1], x)
 
-    def called(self, x):
+    def answer(self, x):
         try:
             return rows(self.net(x), x)
         except (Exception, SystemExit) as error:
