@@ -724,8 +724,11 @@ def svg_curves(runs, x_label="student step"):
 
 
 def git_commit():
+    """This program's commit, with "-dirty" where its files were changed since; None outside its repository."""
+    git, file = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        subprocess.run([*git, "ls-files", "--error-unmatch", file], capture_output=True, check=True)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -130,7 +130,7 @@ REPLAY = {  # PRE-DFKD's memory; with other methods it is ours [I]. A method's o
     "balanced":          (True, True, True, True, True),  # [P, C]
 }
 ZSKD = {  # the code is for CIFAR-10 and AlexNet; the same for MNIST is ours [I]
-    "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's sizes
+    "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # ZSKD's; our notes do not say if [P] or [C]
     "image_batch":       (500, 500, 500, 100, 100),  # [C]
     "image_steps":       (100, 100, 100, 1500, 1500),  # [C]
     "image_lr":          (0.1, 0.1, 0.1, 3.2e-3, 5e-3),  # 1e-3 of pixels in [0, 1] [C], over MNIST's, CIFAR-10's std
@@ -164,7 +164,7 @@ CONTROL = {  # noise and kd, all of it ours [I]: results are published, no sched
     "eval_every":        (0, 0, 0, 0, 0),  # [I]
 }
 DEEPINVERSION = CONTROL | {  # the authors' numbers are for CIFAR-10; where nothing is said here, as CONTROL [I]
-    "loss_weights":      ((1e-3, 0.0, 10.0),) * 5,  # alpha_tv, alpha_2, alpha_f [C]
+    "loss_weights":      ((1e-3, 0.0, 10.0),) * 5,  # alpha_tv, alpha_2, alpha_f: from the code's ranges [C], these [I]
     "images":            (12_000, 12_000, 12_000, 24_000, 40_000),  # [I]
     "image_batch":       (256, 256, 256, 256, 256),  # [C]
     "image_steps":       (100, 100, 500, 2000, 2000),  # [C]; 150 leave 39 % of CIFAR images outside their class
@@ -281,10 +281,10 @@ def generator_beside_student(objective, teacher, student, info, args, run):
         z = generators.latents(G, B)
         x = G(z)
         t, f = teacher(x, return_features=True)
-        L_G, third = objective(x, z, t, f)
+        L_G, own_term = objective(x, z, t, f)
         minimise(L_G, optimiser_G)
         L_ie = generators.information_entropy_log10(t)
-        run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=L_ie, **third)
+        run.log(L_G=L_G, L_oh=generators.one_hot_loss(t), L_ie=L_ie, **own_term)
 
         for step in range(args.student_steps):
             novel = x.detach() if step == 0 else generators.fresh_images(G, B)
@@ -589,7 +589,7 @@ def optimised(objective, count, info, args, run, in_pixels=False):
     """x* = argmin objective(x) by Adam, from Gaussian noise -> x*, the objective's last value.
 
     `in_pixels`: from pixels U[0, 1]; after every step the batch is min-max rescaled to pixels in [0, 1]. ZSKD does so
-    before every step [C].
+    before every step, the first one, too [C]. Adam moves normalised x here: its eps is 1e-8 / std in pixels [I].
     What --ours adds or puts in their place [I]: `smooth`, a beginning in weak smooth noise; `range`, images kept in the
     range of pixels; `settle`, an early end; `augment`, objective(augmented x), so that images keep their labels when S
     sees them augmented; `sum`, the gradient of the sum over the batch. `scale` is in soft_target's objective: CE times
@@ -1046,13 +1046,17 @@ def name_data(args, error):
             error("--mean and --std: give both, as your images were normalised")
         args.channels = args.channels or (len(args.mean) if args.mean else 3)
         args.image_size = args.image_size or 32
-        args.mean, args.std = args.mean or (0.5,) * args.channels, args.std or (0.25,) * args.channels
+        if not args.mean:
+            args.mean, args.std = (0.5,) * args.channels, (0.25,) * args.channels
+            print("note: no --mean and --std: the teacher's images are taken for normalised with 0.5 and 0.25")
         if args.image_size % 4:
             error(f"--image-size {args.image_size} is no multiple of 4")
         if not len(args.mean) == len(args.std) == args.channels:
             error(f"--mean and --std: {len(args.mean)} and {len(args.std)} numbers for {args.channels} channels")
         if args.test and not Path(args.test).is_file():
             error(f"--test {args.test}: no file there")
+    if args.teacher and not args.dataset:
+        print("note: no --dataset: the teacher is taken for one of glyphs, whose mean and deviation it gets")
     args.dataset = args.dataset or "glyphs"
     if args.no_eval and not args.teacher:
         error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
@@ -1181,6 +1185,8 @@ def fill_schedule(args, error):
             setattr(args, key, tuple(name for name in names if name in getattr(args, key)))
     if "penalty" in given and args.terms == ("ds",):
         error("--penalty means nothing to L_ds alone: it is for L_oh and L_ie")
+    if "student_decay" in given and args.student_decay == "drops" and args.steps <= 800 * EPOCH:
+        error(f"--student-decay drops: the first drop, at step {800 * EPOCH}, comes after --steps {args.steps}")
     each = args.student_steps or 1  # rounds are whole, and evaluations fall between them
     args.steps = each * math.ceil(args.steps / each)
     args.eval_every = each * math.ceil((args.eval_every or math.ceil(args.steps / 25)) / each)

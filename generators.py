@@ -11,7 +11,8 @@ Notation (one for all papers)
     t          teacher logits (B, K);  p = softmax(t);  p_bar = mean of p over the batch
     f          the teacher's penultimate features (B, D)
     tau        temperature
-All losses are scalars, in nats unless said otherwise, in the precision of their inputs: give them float32 or better.
+All losses are scalars, in nats unless said otherwise, in the precision of their inputs (`batch_norm_loss`: float32 at
+least): give them float32 or better.
 
 References
     RDSKD        Han, Park, Wang, Liu, ICASSP 2021       https://arxiv.org/abs/2011.03749
@@ -462,7 +463,7 @@ def dirichlet_concentrations(weight):
     """c_kj = (cos(w_k, w_j) - min_j) / (max_j - min_j): class similarity, each row scaled to [0, 1].
 
     weight (K, M) of the teacher's last layer -> (K, K). ZSKD [C]. With two classes it is always the identity:
-    all labels are one-hot.
+    nearly all labels are one-hot.
     """
     cosine = weight_correlation(weight)
     low, high = cosine.aminmax(dim=1, keepdim=True)

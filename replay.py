@@ -23,9 +23,9 @@ from generators import Generator, at_least_float32, information_entropy_log10, l
 class Encoder(nn.Module):
     """E: x (B, C, H, W) -> mu, log_var (B, d) each; the network of PRE-DFKD's code [C], where width = 128.
 
-    Each image is first divided by its L2 norm along the height [C]. The second positional argument of BatchNorm is its
-    eps, 0.8, as in `Generator` [C]. The image is halved by nearest resampling, which takes every other pixel [C]; of an
-    odd side the last one, too [I].
+    Each column of pixels is first divided by its L2 norm, the norm along the height [C]. The second positional argument
+    of BatchNorm is its eps, 0.8, as in `Generator` [C]. The image is halved by nearest resampling, which takes every
+    other pixel [C]; of an odd side the last one, too [I].
     """
 
     bf16 = False

@@ -1205,7 +1205,7 @@ def test_nothing_of_ours_is_in_the_papers_synthesis_of_images(begun, method, our
     assert begun(f"--method {method}")[2] == ours
     x, constrain, at_work = begun(f"--method {method} --schedule paper")
     assert at_work == set()
-    if method == "zskd":  # U[0, 1], min-max rescaled before every step
+    if method == "zskd":  # U[0, 1], min-max rescaled after every step
         pixels, free = x * std + mean, 7 * torch.randn(8, 1, 32, 32)
         assert 0 <= pixels.min() < 0.01 and 0.99 < pixels.max() <= 1
         assert pixels.std() == pytest.approx(math.sqrt(1 / 12), rel=0.05)
@@ -3124,11 +3124,23 @@ def test_a_damaged_checkpoint_is_resumed_or_refused(blind, whole, tmp_path, caps
     ("--dataset glyphs --teacher-arch net.py:Net", "not trained here"),
     ("--teacher dfkd.py --teacher-epochs 3", "--teacher-epochs means nothing"),
     ("--teacher dfkd.py --teacher-arch lenet5 --mean 0.3", "--mean and --std: give both"),
+    ("--student-decay drops --steps 96000", "the first drop, at step 96000, comes after"),
 ])  # fmt: skip
 def test_usage_errors(flags, named, failure, monkeypatch, tmp_path):
     monkeypatch.setattr(dfkd, "distil", None)  # flags that are not refused do not start a long run here
     assert named in failure(2, dfkd.main, ["--out", str(tmp_path / "out"), *flags.split()])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--teacher dfkd.py", "taken for one of glyphs"), ("--teacher dfkd.py --dataset mnist", None),
+    ("--teacher dfkd.py --teacher-arch lenet5 --channels 1", "normalised with 0.5 and 0.25"),
+    ("--teacher dfkd.py --teacher-arch lenet5 --mean 0.3 --std 0.2", None), ("", None),
+])  # fmt: skip
+def test_what_is_guessed_of_a_teacher_is_told(flags, told, capsys):
+    dfkd.parse(flags.split())
+    said = capsys.readouterr().out
+    assert told in said if told else said == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
@@ -3257,7 +3269,7 @@ def test_the_student_optimisers_follow_their_schedules(monkeypatch):
     assert rates(f"{sgd} cosine --steps 4", 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
     cycle = rates(f"{sgd} cycle --steps 100", 100)
     assert cycle[0] == pytest.approx(0.04) and max(cycle) == pytest.approx(cycle[14]) and cycle[-1] < 1e-4
-    _, drops = dfkd.student_optimiser(nn.Linear(1, 1), dfkd.parse(f"--device cpu {sgd} drops".split()))
+    _, drops = dfkd.student_optimiser(nn.Linear(1, 1), dfkd.parse(f"--device cpu {sgd} drops --steps 240000".split()))
     assert sorted(drops.milestones.elements()) == [800 * dfkd.EPOCH, 1600 * dfkd.EPOCH]
     with monkeypatch.context() as patch:
         patch.setattr(dfkd, "EPOCH", 1)
@@ -3388,7 +3400,29 @@ def test_a_mistake_of_the_program_is_not_hidden(monkeypatch, tmp_path):
 def test_the_commit_is_this_programs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = subprocess.run(f"git -C '{HERE}' log -1 --format=%H", shell=True, capture_output=True, text=True)
-    assert data.git_commit() == (log.stdout.strip() or None)
+    commit = data.git_commit()
+    assert (commit and commit.removesuffix("-dirty")) == (log.stdout.strip() or None)
+
+
+def test_the_commit_says_where_files_were_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def git(command):
+        command = f"git -c user.name=A -c user.email=a@b.c {command}"
+        return subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init -q")
+    git("commit -q --allow-empty -m other")
+    file = tmp_path / "data.py"
+    shutil.copy(data.__file__, file)
+    monkeypatch.setattr(data, "__file__", str(file))
+    assert data.git_commit() is None  # a copy in somebody's repository, of which it is no part
+    git("add data.py")
+    git("commit -q -m ours")
+    commit = git("log -1 --format=%H")
+    assert data.git_commit() == commit
+    file.write_text(file.read_text() + "\n")
+    assert data.git_commit() == f"{commit}-dirty"
 
 
 # ---------------------------------------------------------------- the house
