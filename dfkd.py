@@ -1046,17 +1046,13 @@ def name_data(args, error):
             error("--mean and --std: give both, as your images were normalised")
         args.channels = args.channels or (len(args.mean) if args.mean else 3)
         args.image_size = args.image_size or 32
-        if not args.mean:
-            args.mean, args.std = (0.5,) * args.channels, (0.25,) * args.channels
-            print("note: no --mean and --std: the teacher's images are taken for normalised with 0.5 and 0.25")
+        args.mean, args.std = args.mean or (0.5,) * args.channels, args.std or (0.25,) * args.channels
         if args.image_size % 4:
             error(f"--image-size {args.image_size} is no multiple of 4")
         if not len(args.mean) == len(args.std) == args.channels:
             error(f"--mean and --std: {len(args.mean)} and {len(args.std)} numbers for {args.channels} channels")
         if args.test and not Path(args.test).is_file():
             error(f"--test {args.test}: no file there")
-    if args.teacher and not args.dataset:
-        print("note: no --dataset: the teacher is taken for one of glyphs, whose mean and deviation it gets")
     args.dataset = args.dataset or "glyphs"
     if args.no_eval and not args.teacher:
         error("--no-eval touches no data, so that no teacher can be trained: give --teacher FILE")
@@ -1205,6 +1201,8 @@ def distil(args):
     print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
           f"{args.device}, {args.threads} threads, {args.precision}; results in {out}")  # fmt: skip
     print(schedule_text(args), flush=True)
+    if args.teacher:
+        print(what_it_takes(args, info), flush=True)
     if not repeatable(args):
         print("note: on a GPU this command does not give the same bits again (--ours augment)")
         warnings.filterwarnings("ignore", "grid_sampler_2d_backward_cuda")  # torch says it in three lines
@@ -1266,6 +1264,13 @@ def schedule_text(args):
             flags.append(f"{flag(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".strip())
     lines = textwrap.wrap("  ".join(flags), 105, break_on_hyphens=False)
     return "schedule   " + "\n           ".join(lines)
+
+
+def what_it_takes(args, info):
+    """The images that the teacher of --teacher FILE is taken to know, which its file does not say."""
+    mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (info.mean, info.std))
+    where = "--mean, --std" if args.dataset == "own" else f"--dataset {args.dataset}"
+    return f"images     normalised with mean {mean}, deviation {std}: of {where}"
 
 
 def get_teacher(args, info, real):

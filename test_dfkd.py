@@ -3133,14 +3133,18 @@ def test_usage_errors(flags, named, failure, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--teacher dfkd.py", "taken for one of glyphs"), ("--teacher dfkd.py --dataset mnist", None),
-    ("--teacher dfkd.py --teacher-arch lenet5 --channels 1", "normalised with 0.5 and 0.25"),
-    ("--teacher dfkd.py --teacher-arch lenet5 --mean 0.3 --std 0.2", None), ("", None),
+    ("--teacher dfkd.py", "mean 0.168, deviation 0.282: of --dataset glyphs"), ("", None),
+    ("--teacher dfkd.py --dataset mnist", "mean 0.1307, deviation 0.3081: of --dataset mnist"),
+    ("--teacher dfkd.py --teacher-arch lenet5 --channels 1", "mean 0.5, deviation 0.25: of --mean, --std"),
+    ("--teacher dfkd.py --teacher-arch wrn-16-2 --mean 0.3 0.4 0.6 --std 0.2 0.2 0.1",
+     "mean 0.3 0.4 0.6, deviation 0.2 0.2 0.1: of --mean, --std"),
 ])  # fmt: skip
-def test_what_is_guessed_of_a_teacher_is_told(flags, told, capsys):
-    dfkd.parse(flags.split())
-    said = capsys.readouterr().out
-    assert told in said if told else said == ""
+def test_what_the_images_of_a_given_teacher_are_taken_for_is_told(monkeypatch, capsys, tmp_path, flags, told):
+    monkeypatch.setattr(data, "claimed", Mock(side_effect=dfkd.RunError("no further")))
+    with pytest.raises(dfkd.RunError, match="no further"):
+        dfkd.distil(dfkd.parse(f"--device cpu --threads {torch.get_num_threads()} --out {tmp_path} {flags}".split()))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images ")]
+    assert lines == ([f"images     normalised with {told}"] if told else [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
