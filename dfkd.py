@@ -26,6 +26,7 @@ import functools
 import io
 import json
 import math
+import shutil
 import statistics
 import textwrap
 import time
@@ -732,7 +733,7 @@ class Run:
             self.shown = time.perf_counter()
             rate = (done - first) / (self.shown - begun)
             text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            show(f"{stage:<10} {done}/{count}  {text}  {rate:.1f}/s  eta {models.clock((count - done) / rate)}", saves)
+            show(f"{stage:<10} {done}/{count}  eta {models.clock((count - done) / rate)}  {rate:.1f}/s  {text}", saves)
 
     def due(self):
         """Whether it is time to show something again: twice a second on a terminal, else every 15 seconds."""
@@ -842,9 +843,21 @@ def sound_checkpoint(saved):
 def show(line, keep):
     """Print a progress line; on a terminal, one that is not to be kept is overwritten by the next."""
     if sys.stdout.isatty():
+        # of a line that wraps, only the last row would be overwritten; 4: room for Ctrl-C's ^C
+        line = in_rows(line) if keep else line[: columns() - 4]
         print(f"\r\x1b[K{line}", end="\n" if keep else "", flush=True)
     else:
         print(line, flush=True)
+
+
+def in_rows(line):
+    """The line, wrapped as the terminal is wide."""
+    return textwrap.fill(line, columns() - 1, subsequent_indent=" " * 11, break_on_hyphens=False)
+
+
+def columns():
+    """The width of the terminal; 117 without one."""
+    return max(20, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 117
 
 
 # ---------------------------------------------------------------- the command line
@@ -1262,8 +1275,7 @@ def schedule_text(args):
             flags.append(typed(key, args))
         else:
             flags.append(f"{flag(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".strip())
-    lines = textwrap.wrap("  ".join(flags), 105, break_on_hyphens=False)
-    return "schedule   " + "\n           ".join(lines)
+    return in_rows("schedule   " + "  ".join(flags))
 
 
 def what_it_takes(args, info):
@@ -1379,7 +1391,9 @@ def main(argv=None):
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, signal.SIG_IGN)
         problem, code = f"stopped; {stop if str(stop) else 'run the same command again'}", 130
-    print(f"dfkd.py: {problem}", file=sys.stderr)
+    # on a terminal, in the place of the progress line and of Ctrl-C's ^C
+    start = "\r\x1b[K" if sys.stderr and sys.stderr.isatty() else ""
+    print(f"{start}dfkd.py: {problem}", file=sys.stderr)
     return code
 
 

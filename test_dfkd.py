@@ -2858,13 +2858,34 @@ def test_progress_on_a_terminal_and_in_a_file(monkeypatch, tmp_path, terminal):
     for turn in run.steps("student", 4):
         run.log(L_kd=torch.tensor(float(turn)))
         clock[0] += 1
-    kept = ["student    2/4  L_kd 0.5  1.0/s  eta 0:02", "student    4/4  L_kd 2.5  1.0/s  eta 0:00"]
+    kept = ["student    2/4  eta 0:02  1.0/s  L_kd 0.5", "student    4/4  eta 0:00  1.0/s  L_kd 2.5"]
     if terminal:
-        first, third = "student    1/4  L_kd 0  1.0/s  eta 0:03", "student    3/4  L_kd 2  1.0/s  eta 0:01"
+        first, third = "student    1/4  eta 0:03  1.0/s  L_kd 0", "student    3/4  eta 0:01  1.0/s  L_kd 2"
         assert out.getvalue() == "".join(f"\r\x1b[K{line}" for line in (first, f"{kept[0]}\n", third, f"{kept[1]}\n"))
     else:
         assert out.getvalue().splitlines() == kept  # less than 15 seconds
     assert [models.clock(seconds) for seconds in (59.6, 3599, 7325)] == ["1:00", "59:59", "2:02:05"]
+
+
+def test_a_progress_line_fits_into_a_row_of_the_terminal(monkeypatch):
+    """One that wraps would leave its first row there, twice a second. Lines that stay are wrapped between words."""
+    out = io.StringIO()
+    out.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "24")
+    line = "student    1/4  eta 0:03  L_G -1.5"
+    dfkd.show(line, keep=False)
+    dfkd.show(line, keep=True)
+    wrapped = "student    1/4  eta\n           0:03  L_G\n           -1.5\n"
+    assert out.getvalue() == f"\r\x1b[K{line[:20]}\r\x1b[K{wrapped}"
+
+
+def test_an_error_on_a_terminal_takes_the_progress_lines_place(monkeypatch, tmp_path):
+    err = io.StringIO()
+    err.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", err)
+    assert dfkd.main(["--table", str(tmp_path / "none")]) == 1
+    assert err.getvalue().startswith("\r\x1b[Kdfkd.py: ") and err.getvalue().endswith("\n")
 
 
 def test_progress_within_a_long_round(monkeypatch, tmp_path, capsys):
@@ -2885,7 +2906,7 @@ def test_the_rate_of_a_resumed_run_counts_from_where_it_goes_on(monkeypatch, tmp
     run.done["student"] = 4
     for _ in run.steps("student", 8):
         clock[0] += 1
-    assert "student    8/8    1.0/s" in capsys.readouterr().out
+    assert "student    8/8  eta 0:00  1.0/s" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- finished runs
