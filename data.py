@@ -718,8 +718,9 @@ def svg_curves(runs, x_label="student step"):
         points = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in run)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{groups[name]}" stroke-width="1.5" '
                      'clip-path="url(#axes)"/>')  # fmt: skip
-    for i, (name, colour) in enumerate(groups.items()):
-        parts.append(label(width - 14, height - 40 - 16 * i, name, f'fill="{colour}" '))
+    halo = 'paint-order="stroke" stroke="white" stroke-width="3"'  # a curve may pass there
+    for i, (name, colour) in enumerate(groups.items(), 1):
+        parts.append(label(width - 14, height - 40 - 16 * (len(groups) - i), name, f'fill="{colour}" {halo} '))
     return "\n".join([*parts, "</svg>\n"]).encode(errors="replace")
 
 
@@ -738,7 +739,7 @@ def git_commit():
 
 FIGURES = ("teacher_accuracy", "accuracy_last", "accuracy_max", "accuracy_mean", "accuracy_variance")
 MAY_DIFFER = {"seed", "teacher_seed", "teacher_crc", "threads", "device"}  # between the runs of one row
-RESULTS = "run | teacher | student | seeds | minutes | stored kB"  # of synthetic images, or of the memory
+RESULTS = "run | teacher | student | each seed | minutes | stored kB"  # of synthetic images, or of the memory
 ROBUSTNESS = "run | maximum | μ | σ² | μ, second half | σ², second half"
 SAMPLES = "run | difference within a class | agreement, fresh images | deviation of L_oh | of L_ie"
 IMAGES = {"diversity": 3, "agreement_fresh": 1, "L_oh deviation": 4, "L_ie deviation": 4}  # and their decimals
@@ -769,6 +770,8 @@ def finished(folder):
             for key in ("L_oh", "L_ie"):
                 figures[f"{key} deviation"] = statistics.stdev(float(row[key]) for row in trained[len(trained) // 2 :])
     except (FileNotFoundError, NotADirectoryError):
+        if (Path(folder) / "checkpoint.pt").exists():
+            raise DataError(f"{folder}: the run is not finished; its command with --resume goes on") from None
         raise DataError(f"{folder}: no finished run there, a folder with metrics.csv and result.json") from None
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, csv.Error):
         raise damaged from None

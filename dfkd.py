@@ -26,6 +26,7 @@ import functools
 import io
 import json
 import math
+import re
 import shutil
 import statistics
 import textwrap
@@ -691,6 +692,10 @@ class Run:
                 print(f"{self.out}: began with commit {commit} of this program, goes on with {self.commit}")
             if version != self.torch:
                 print(f"{self.out}: began with torch {version}, goes on with {self.torch}")
+        if self.saved:
+            print("resumed    after", ", ".join(f"{stage} step {done}" for stage, done in self.done.items()))
+        elif self.args.resume:
+            print(f"resumed    nothing, {self.out} holds no run yet")
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0)
 
     def keep(self, **parts):
@@ -780,18 +785,19 @@ class Run:
         return time.perf_counter() - self.begun
 
     def compared(self, batches):
-        """Of a list of batches: how often S (eval mode) predicts T's class, in percent; the diversity within classes.
+        """Of a list of batches: how often S (eval mode) predicts T's class, in percent; T's classes; their diversity.
 
         It comes after the last step and its checkpoint: what it draws, and what it changes in G, changes no result.
         """
         if not all(x.isfinite().all() for x in batches):  # no loss came after that step
             print("note: the generator or the memory became NaN in its last step; there are no figures of its images")
-            return None, None
+            return None, None, None
         student = self.kept["S"].eval()
         with torch.no_grad():
             t, s = (torch.cat([net(x) for x in batches]) for net in (self.teacher, student))
         same = (s.argmax(1) == t.argmax(1)).float().mean()
-        return 100 * same.item(), generators.diversity_within_classes(torch.cat(batches), t).item()
+        diversity = generators.diversity_within_classes(torch.cat(batches), t)
+        return 100 * same.item(), len(t.argmax(1).unique()), diversity.item()
 
     def finish(self, teacher_accuracy):
         """Write student.pt and, last of all, result.json -> the result."""
@@ -801,7 +807,7 @@ class Run:
         self.show_files()  # once more: a kill may have come between the last checkpoint and them
         curve = [row["accuracy"] for row in self.rows if row["accuracy"] is not None]
         self.where = "agreement "
-        agreement, diversity = self.compared(self.fresh()) if self.fresh else (None, None)
+        agreement, classes, diversity = self.compared(self.fresh()) if self.fresh else (None, None, None)
         recalled = self.compared([memory.recall(args.batch, self.teacher) for _ in range(8)])[0] if memory else None
         result = dict(
             method=args.method, dataset=args.dataset, teacher=args.teacher_arch, student=args.student_arch,
@@ -809,7 +815,8 @@ class Run:
             accuracy_last=curve[-1] if curve else None, accuracy_max=max(curve, default=None),
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
-            agreement_fresh=agreement, agreement_memory=recalled, diversity=diversity,
+            agreement_fresh=agreement, classes_fresh=classes, classes=self.info.classes, agreement_memory=recalled,
+            diversity=diversity,
             replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None,
             seconds=self.rows[-1]["seconds"], args=self.settings, torch_version=self.torch,
             git_commit=self.commit,
@@ -851,13 +858,15 @@ def show(line, keep):
 
 
 def in_rows(line):
-    """The line, wrapped as the terminal is wide."""
-    return textwrap.fill(line, columns() - 1, subsequent_indent=" " * 11, break_on_hyphens=False)
+    """The line, wrapped as the terminal is wide, where two spaces stand; a name and its value have one between them."""
+    parts = re.sub("(?<! ) (?! )", "\0", line)
+    whole = dict(break_on_hyphens=False, break_long_words=False)
+    return textwrap.fill(parts, columns() - 1, subsequent_indent=" " * 11, **whole).replace("\0", " ")
 
 
 def columns():
-    """The width of the terminal; 117 without one."""
-    return max(20, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 117
+    """The width of the terminal; 80 without one."""
+    return max(20, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 80
 
 
 # ---------------------------------------------------------------- the command line
@@ -1211,8 +1220,11 @@ def distil(args):
     """One whole run: data for teacher and evaluation, teacher, distillation, results."""
     models.set_up_torch(args.threads, args.device)
     out, info = Path(args.out), data_info(args)
-    print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {args.dataset}, seed {args.seed}, "
-          f"{args.device}, {args.threads} threads, {args.precision}; results in {out}")  # fmt: skip
+    images = "your images" if args.dataset == "own" else args.dataset
+    threads = f"{args.threads} thread{'s' if args.threads > 1 else ''}"
+    print(f"{args.method}: {args.teacher_arch} -> {args.student_arch} on {images}, seed {args.seed}, {args.device}, "
+          f"{threads}, {args.precision}")  # fmt: skip
+    print(f"results    {out}/")
     print(schedule_text(args), flush=True)
     if args.teacher:
         print(what_it_takes(args, info), flush=True)
@@ -1234,7 +1246,7 @@ def distil(args):
         if isinstance(teacher, models.Own):
             check_method(teacher, args.method)  # again, with the weights of the file
             if teacher.last is not None:
-                print(f"features   what the teacher's last nn.Linear, {teacher.last}, reads")
+                print(f"features   what the teacher's last nn.Linear, '{teacher.last}', reads")
         torch.manual_seed(args.seed)
         student = models.on_device(args.student_arch, info, args.device, args.precision)
         if torch.initial_seed() != args.seed:
@@ -1315,18 +1327,31 @@ def summary(result, out):
     else:
         print("student  not evaluated: no image with a label was looked at")
     if result["agreement_fresh"] is not None:
-        recalled = result["agreement_memory"]
-        print(f"         it agrees with the teacher on {result['agreement_fresh']:.1f} % of fresh synthetic images"
-              + ("" if recalled is None else f", on {recalled:.1f} % of memory samples"))  # fmt: skip
+        print(f"         it agrees with the teacher on {result['agreement_fresh']:.1f} % of fresh synthetic images")
+        if result["classes_fresh"] < min(result["classes"], 10):  # then a high agreement says little
+            print(f"         in these, the teacher sees {result['classes_fresh']} of its {result['classes']} classes")
+    if result["agreement_memory"] is not None:
+        print(f"         it agrees with the teacher on {result['agreement_memory']:.1f} % of memory samples")
     made = result["transfer_set"]
     if made:
         agreement, strayed = 100 * made["agreement"], 100 * made["strayed"]
         print(f"images   {made['images']}: the teacher puts {agreement:.1f} % of them into their label's top class")
         if strayed:
-            print(f"         {strayed:.1f} % of the labels favour another class than the one they were drawn for")
+            print(f"         {strayed:.1f} % of the labels favour another class than the intended one")
     memory = models.peak_memory(result["args"]["device"])
     print(f"time     {models.clock(result['seconds'])} for the distillation; memory {memory} at the peak")
     print(f"files    {out}/: {', '.join(name for name in FILES if (out / name).exists())}")
+
+
+def only_runs(folders):
+    """The folders without those in which no run has written anything, as runs/teachers of runs/*."""
+    runs = [name for name in folders if not os.path.isdir(name) or any((Path(name) / file).exists() for file in FILES)]
+    if not runs:
+        return folders  # an error says why
+    for name in folders:
+        if name not in runs:
+            print(f"dfkd.py: {name}: left out, there is no run in it", file=sys.stderr)
+    return runs
 
 
 def drawn_runs(args):
@@ -1369,6 +1394,9 @@ def main(argv=None):
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
     try:
+        for key in ("plot", "pictures", "table"):
+            if getattr(args, key):
+                setattr(args, key, only_runs(getattr(args, key)))
         if args.plot or args.pictures:
             picture = Path(args.out or f"runs/{'curves' if args.plot else 'samples'}.svg")
             picture.parent.mkdir(parents=True, exist_ok=True)

@@ -2072,8 +2072,8 @@ def test_the_whole_command(command, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == set(dfkd.FILES) - {"transfer"}
     result = result_of(out)
     fields = """method dataset teacher student seed steps teacher_accuracy accuracy_last accuracy_max accuracy_mean
-        accuracy_variance agreement_fresh agreement_memory diversity replay_bytes transfer_set seconds args
-        torch_version git_commit"""
+        accuracy_variance agreement_fresh classes_fresh classes agreement_memory diversity replay_bytes transfer_set
+        seconds args torch_version git_commit"""
     assert list(result) == fields.split()
     curve = [float(row["accuracy"]) for row in rows_of(out) if row["accuracy"]]
     assert len(curve) == 3 and result["accuracy_last"] == curve[-1] and result["accuracy_max"] == max(curve)
@@ -2717,6 +2717,15 @@ def test_resume_refuses_a_flag_that_was_not_there(whole, refused, tmp_path):
     assert "--gone 0.5, now None" in refused(tmp_path, "--method zskd --image-lr 0.1 --resume")
 
 
+def test_resume_says_where_it_goes_on(blind, tmp_path, capsys):
+    flags = "--resume --generator-steps 4 --steps 6 --eval-every 2"
+    with backward_passes(until=4 + 3):  # of G, of S: a checkpoint after two of S
+        assert blind(tmp_path, flags) == 130
+    assert f"resumed    nothing, {tmp_path} holds no run yet\n" in capsys.readouterr().out
+    assert blind(tmp_path, flags) == 0
+    assert "resumed    after generator step 4, student step 2\n" in capsys.readouterr().out
+
+
 def test_resume_says_that_the_program_has_changed(blind, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "git_commit", lambda: "one")
     with backward_passes(until=10):
@@ -2806,12 +2815,14 @@ def test_what_a_run_says_at_its_end(tmp_path, capsys):
         teacher="lenet5", student="lenet5_half", teacher_accuracy=99.0, accuracy_last=97.5, accuracy_mean=90.0,
         accuracy_variance=4.0, accuracy_max=98.0, steps=50, args=dict(eval_every=20, device="cpu"),
         agreement_fresh=81.5, agreement_memory=62.5, transfer_set=dict(images=24, agreement=0.75, strayed=0.25),
-        seconds=61,
+        seconds=61, classes=10, classes_fresh=4,
     )  # fmt: skip
     dfkd.summary(result, tmp_path)
     printed = capsys.readouterr().out
     for words in ("over all 3 evaluations: mean 90.00 %, variance 4.00, maximum 98.00 %",
-                  "81.5 % of fresh synthetic images, on 62.5 % of memory samples",
+                  "agrees with the teacher on 81.5 % of fresh synthetic images\n",
+                  "in these, the teacher sees 4 of its 10 classes",
+                  "agrees with the teacher on 62.5 % of memory samples",
                   "images   24: the teacher puts 75.0 % of them into their label's top class",
                   "25.0 % of the labels favour another class", "time     1:01 for the distillation"):  # fmt: skip
         assert words in printed
@@ -2845,6 +2856,7 @@ def test_images_are_compared_without_gradients(tmp_path):
 
     run.teacher, run.kept = nn.Flatten(), {"S": S()}
     assert run.compared([torch.randn(5, 1, 2, 2)])[0] == 100 and seen == [False]
+    assert run.compared([torch.eye(4)[[0, 0, 3], None, None], torch.eye(4)[[0, 1], None, None]])[1] == 3  # classes
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -2868,7 +2880,7 @@ def test_progress_on_a_terminal_and_in_a_file(monkeypatch, tmp_path, terminal):
 
 
 def test_a_progress_line_fits_into_a_row_of_the_terminal(monkeypatch):
-    """One that wraps would leave its first row there, twice a second. Lines that stay are wrapped between words."""
+    """One that wraps would leave its first row there, twice a second. One that stays is wrapped."""
     out = io.StringIO()
     out.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", out)
@@ -2876,7 +2888,7 @@ def test_a_progress_line_fits_into_a_row_of_the_terminal(monkeypatch):
     line = "student    1/4  eta 0:03  L_G -1.5"
     dfkd.show(line, keep=False)
     dfkd.show(line, keep=True)
-    wrapped = "student    1/4  eta\n           0:03  L_G\n           -1.5\n"
+    wrapped = "student    1/4\n           eta 0:03\n           L_G -1.5\n"
     assert out.getvalue() == f"\r\x1b[K{line[:20]}\r\x1b[K{wrapped}"
 
 
@@ -2936,6 +2948,23 @@ def test_a_full_disk_behind_standard_output_is_one_line(two_runs, monkeypatch, c
         monkeypatch.setattr(sys, "stdout", full)
         code = dfkd.main(["--table", *map(str, two_runs)])
     assert (code, capsys.readouterr().err) == (1, "dfkd.py: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("job", ["--table", "--plot"])
+def test_folders_without_a_run_are_left_out(two_runs, tmp_path, capsys, job):
+    """As runs/teachers is among runs/*; not one that is missing, or whose run is not finished."""
+    (tmp_path / "teachers").mkdir()
+    out = ["--out", str(tmp_path / "a.svg")] if job == "--plot" else []
+    folders = [str(tmp_path / "teachers"), *map(str, two_runs)]
+    assert dfkd.main([job, *folders, *out]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"dfkd.py: {folders[0]}: left out, there is no run in it\n"
+    assert shown.out.count("\n") == (1 if out else 11)
+    (two_runs[1] / "result.json").rename(two_runs[1] / "checkpoint.pt")
+    for other, words in ([str(tmp_path / "none")], "no finished run"), (folders[2:], "is not finished; its command"), (
+            folders[:1], "no finished run"):  # fmt: skip
+        assert dfkd.main([job, *other, *out]) == 1
+        assert words in one_line(capsys.readouterr().err)
 
 
 def test_a_closed_pipe_is_one_line_at_the_end_of_python_too(two_runs):
@@ -3761,9 +3790,9 @@ def test_networks_of_ones_own_are_distilled(own, tmp_path, name, method, least, 
     assert result["teacher_accuracy"] > (80 if name == "CNN" else 30) and result["accuracy_last"] > least
     assert 0 <= result["agreement_fresh"] <= 100 and "of fresh synthetic images" in printed
     agreements = [result[key] for key in ("agreement_fresh", "agreement_memory") if result[key] is not None]
-    assert [agreement for _, (agreement, _) in compared] == agreements
+    assert [agreement for _, (agreement, *_) in compared] == agreements
     assert (result["agreement_memory"] is not None) == ("of memory samples" in printed) == ("pre" in method)
-    assert f"nn.Linear, {'fc' if name == 'thin' else 'module'}, reads" in printed
+    assert f"nn.Linear, '{'fc' if name == 'thin' else 'module'}', reads" in printed
     assert ("for logits: there" in printed) == ("soft-target" in method)
     nets = models.module_of(folder.resolve() / "nets.py")
     student = nets.thin(10) if name == "thin" else nets.small()
