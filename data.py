@@ -693,7 +693,8 @@ def svg_curves(runs, x_label="student step"):
     bottom = min(y for _, run in runs for _, y in run[len(run) // 2 :])
     bottom -= max(top - bottom, 0.1) / 10
     width, height = 640, 360
-    colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999"))
+    colours = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999"
+    styles = itertools.cycle(itertools.product(("none", "6 3"), colours))  # the second eight are dashed
 
     def right(x):
         return 50 + (width - 60) * x / (last or 1)
@@ -713,14 +714,15 @@ def svg_curves(runs, x_label="student step"):
         parts.append(f'<path d="M50 {down(y):.1f}H{width - 10}" stroke="#ddd"/>')
         parts.append(label(45, f"{down(y) + 4:.1f}", f"{y:.10g} %"))
     parts += [label(f"{right(x) + 4:.1f}", height - 15, f"{x:.10g}") for x in ticks(0, last)]
-    groups = dict(zip(dict.fromkeys(name for name, _ in runs), colours))
+    groups = dict(zip(dict.fromkeys(name for name, _ in runs), styles))
     for name, run in runs:
-        points = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in run)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{groups[name]}" stroke-width="1.5" '
-                     'clip-path="url(#axes)"/>')  # fmt: skip
+        points, (dash, colour) = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in run), groups[name]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-dasharray="{dash}" '
+                     'stroke-width="1.5" clip-path="url(#axes)"/>')  # fmt: skip
     halo = 'paint-order="stroke" stroke="white" stroke-width="3"'  # a curve may pass there
-    for i, (name, colour) in enumerate(groups.items(), 1):
-        parts.append(label(width - 14, height - 40 - 16 * (len(groups) - i), name, f'fill="{colour}" {halo} '))
+    for i, (name, (dash, colour)) in enumerate(groups.items(), 1):
+        text = name if dash == "none" else f"{name} - -"
+        parts.append(label(width - 14, height - 40 - 16 * (len(groups) - i), text, f'fill="{colour}" {halo} '))
     return "\n".join([*parts, "</svg>\n"]).encode(errors="replace")
 
 

@@ -1930,6 +1930,17 @@ def test_curves_share_colours_and_labels():
     assert texts == ["T queries", *(f"{y} %" for y in range(50, 101, 10)), "0", "10", "20", "30", "40", "<a>", "b"]
 
 
+def test_each_of_many_curves_has_a_look_of_its_own():
+    names = [f"run {i:02d}" for i in range(16)]
+    picture = ElementTree.fromstring(data.svg_curves([(name, [(0, 50.0), (1, 60.0)]) for name in names]))
+    looks = [(line.get("stroke"), line.get("stroke-dasharray")) for line in picture.findall("{*}polyline")]
+    assert len(set(looks)) == 16 and looks[0] == ("#0072b2", "none") and looks[8] == ("#0072b2", "6 3")
+    labels = [e for e in picture.findall("{*}text") if e.text.startswith("run")]
+    assert [e.text for e in labels] == names[:8] + [f"{name} - -" for name in names[8:]]
+    assert [float(e.get("y")) for e in labels] == sorted(float(e.get("y")) for e in labels)  # from the top down
+    assert [e.get("fill") for e in labels] == [colour for colour, _ in looks]
+
+
 @pytest.mark.parametrize("low, high", [(0, 0), (97.0, 99.2), (0, 7.53), (-4, 100), (0, 2**53), (50, 50.02)])
 def test_the_ticks_of_an_axis_are_few_and_within_it(low, high):
     found = data.ticks(low, high)
