@@ -785,7 +785,7 @@ class Run:
         return time.perf_counter() - self.begun
 
     def compared(self, batches):
-        """Of a list of batches: how often S (eval mode) predicts T's class, in percent; T's classes; their diversity.
+        """Of batches: how often S (eval mode) predicts T's class, in percent; T's number of classes; their diversity.
 
         It comes after the last step and its checkpoint: what it draws, and what it changes in G, changes no result.
         """
@@ -816,8 +816,7 @@ class Run:
             accuracy_mean=statistics.fmean(curve) if curve else None,
             accuracy_variance=statistics.pvariance(curve) if curve else None,
             agreement_fresh=agreement, classes_fresh=classes, classes=self.info.classes, agreement_memory=recalled,
-            diversity=diversity,
-            replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None,
+            diversity=diversity, replay_bytes=memory.bytes() if memory else 0, transfer_set=self.facts or None,
             seconds=self.rows[-1]["seconds"], args=self.settings, torch_version=self.torch,
             git_commit=self.commit,
         )  # fmt: skip
@@ -1357,10 +1356,10 @@ def only_runs(folders):
 def drawn_runs(args):
     """The picture that --plot or --pictures asks for."""
     if args.pictures:
-        samples = [(data.without_seed(run), Path(run) / "samples.png") for run in args.pictures]
+        samples = [(data.without_seed(run), Path(run) / "samples.png") for run in only_runs(args.pictures)]
         return data.svg_samples(samples)
     over_minutes, curves = args.over == "minutes", []
-    for run in args.plot:
+    for run in only_runs(args.plot):
         curve = data.finished(Path(run)).curve
         points = [(minutes if over_minutes else step, accuracy) for step, minutes, accuracy in curve]
         curves.append((data.without_seed(run), points))
@@ -1394,16 +1393,13 @@ def main(argv=None):
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
     try:
-        for key in ("plot", "pictures", "table"):
-            if getattr(args, key):
-                setattr(args, key, only_runs(getattr(args, key)))
         if args.plot or args.pictures:
             picture = Path(args.out or f"runs/{'curves' if args.plot else 'samples'}.svg")
             picture.parent.mkdir(parents=True, exist_ok=True)
             data.write(picture, drawn_runs(args))
             print(f"drawn: {picture}")
         elif args.table:
-            print(data.results_table(args.table))
+            print(data.results_table(only_runs(args.table)))
         else:
             distil(args)
         sys.stdout.flush()  # where a closed pipe is one line
