@@ -716,7 +716,8 @@ def svg_curves(runs, x_label="student step"):
     parts += [label(f"{right(x) + 4:.1f}", height - 15, f"{x:.10g}") for x in ticks(0, last)]
     groups = dict(zip(dict.fromkeys(name for name, _ in runs), styles))
     for name, run in runs:
-        points, (dash, colour) = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in run), groups[name]
+        points = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in run)
+        dash, colour = groups[name]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-dasharray="{dash}" '
                      'stroke-width="1.5" clip-path="url(#axes)"/>')  # fmt: skip
     halo = 'paint-order="stroke" stroke="white" stroke-width="3"'  # a curve may pass there
