@@ -60,10 +60,23 @@ set_up() {
 # one that began with other flags is refused. Each seed has a teacher of its own.
 row() {
     local name=table-$data-$1-$seed
-    shift
-    rows+=("runs/$name")
-    "$python" dfkd.py --dataset "$data" --out "runs/$name" --resume --seed "$seed" --teacher-seed "$seed" "$@" \
-        ${more[@]+"${more[@]}"}
+    local flags=(--dataset "$data" --out "runs/$name" --resume --seed "$seed" --teacher-seed "$seed" "${@:2}"
+        ${more[@]+"${more[@]}"})
+    if [ "$only_check" ]; then
+        to_check+=(--row "${flags[@]}")
+    else
+        rows+=("runs/$name")
+        "$python" dfkd.py "${flags[@]}"
+    fi
+}
+
+# A flag that one of the rows refuses ends the job (2) before its first run, not hours later.
+check() {
+    local only_check=yes to_check=() seed=0
+    "$1"
+    "$python" -c 'import dfkd, itertools, sys
+for between, flags in itertools.groupby(sys.argv[1:], "--row".__eq__):
+    between or dfkd.parse(list(flags))' "${to_check[@]}"
 }
 
 table() {
@@ -196,7 +209,7 @@ case "${1:-}" in
         exec "$python" test_dfkd.py
         ;;
     table | claims)
-        data=${2:-} rows=() more=("${@:3}")
+        data=${2:-} rows=() more=("${@:3}") only_check=""
         case "$1 $data" in "table glyphs") seeds=0 ;; "table mnist") seeds="0 1 2 3 4" ;; "table cifar10") seeds=0 ;;
             "claims mnist" | "claims glyphs") seeds="0 1 2" ;;
             *) fail "./run.sh table needs glyphs, mnist or cifar10; ./run.sh claims needs glyphs or mnist" 2 ;;
@@ -207,6 +220,7 @@ case "${1:-}" in
             esac
         done
         set_up
+        check "$1"
         for seed in ${SEEDS:-$seeds}; do "$1"; done
         figures=$("$python" dfkd.py --table "${rows[@]}")
         echo "$figures"

@@ -4231,6 +4231,14 @@ def test_the_rows_of_a_table_keep_their_names(flags):
     assert re.match("run.sh: --(method|seed|out): each row of a table has its own", ran.stderr)
 
 
+def test_a_flag_that_some_rows_refuse_ends_a_table_before_its_first_run(tmp_path):
+    env = with_python(tmp_path, f'[ "$1" = -c ] && exec "{sys.executable}" "$@"; echo "$@"')
+    job = [HERE / "run.sh", "table", "glyphs", "--latent", "50"]  # RDSKD, the first row, takes it
+    ran = subprocess.run(job, env=env, cwd=HERE, capture_output=True, text=True)
+    line = "dfkd.py: --latent means nothing to --method zskd; see --help\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", line)
+
+
 def test_run_sh_works_in_its_own_folder_only(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / HERE.name).mkdir(parents=True)  # where cd would go by CDPATH
